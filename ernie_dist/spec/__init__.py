@@ -1,0 +1,1 @@
+"""What to train: frozen, validated descriptions of a job. Nothing in this room imports torch."""

@@ -1,0 +1,31 @@
+"""One root for every error a person may read; each one is also a standard exception type.
+
+A message names the field or file and line, the value, and the remedy. `exit_code` is what the process ends with:
+2 says "the job or its data is wrong, do not retry".
+"""
+
+
+class ErnieError(Exception):
+    """Root of all errors of ernie_dist that are not bugs. Shown to the person without a traceback."""
+
+    exit_code = 2
+
+
+class SpecError(ErnieError, ValueError):
+    """The job description is wrong."""
+
+
+class DataError(ErnieError, ValueError):
+    """A source, a row or a prepared shard is wrong."""
+
+
+class RunDirError(ErnieError, RuntimeError):
+    """The run directory cannot be used for this job."""
+
+
+class CheckpointError(ErnieError, RuntimeError):
+    """A checkpoint cannot be written, read or trusted."""
+
+
+class EnvironmentProblem(ErnieError, RuntimeError):
+    """This machine lacks something the job needs."""

@@ -1,0 +1,61 @@
+"""Where it runs: nodes, ranks per node, time; what only one launcher knows lives under its own name."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
+
+from ernie_dist.spec.strict import Strict
+
+_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def _time_limit(value: Any) -> timedelta:
+    if isinstance(value, timedelta):
+        return value
+    parts = re.findall(r"(\d+)\s*([dhms])", value) if isinstance(value, str) else []
+    if not parts or re.sub(r"(\d+)\s*([dhms])\s*", "", value):
+        raise ValueError("needs a time such as 24h, 90m or 1d12h")
+    return timedelta(seconds=sum(int(number) * _SECONDS[unit] for number, unit in parts))
+
+
+def _time_text(value: timedelta) -> str:
+    return f"{int(value.total_seconds())}s"
+
+
+TimeLimit = Annotated[
+    timedelta,
+    BeforeValidator(_time_limit),
+    PlainSerializer(_time_text, return_type=str),
+    WithJsonSchema({"type": "string", "examples": ["24h", "90m"]}),
+]
+
+
+class SlurmSpec(Strict):
+    """Site settings of a Slurm cluster."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+
+
+class RaySpec(Strict):
+    """Settings of a Ray cluster."""
+
+    address: str | None = None
+
+
+class ResourcesSpec(Strict):
+    nodes: int = Field(1, ge=1)
+    gpus_per_node: int = Field(1, ge=1, description="ranks per node; without GPUs that many CPU ranks")
+    time_limit: TimeLimit | None = Field(None, description="24h, 90m, 1d12h")
+    slurm: SlurmSpec = SlurmSpec()
+    ray: RaySpec = RaySpec()
+
+    @property
+    def world_size(self) -> int:
+        """Ranks over all nodes."""
+        return self.nodes * self.gpus_per_node

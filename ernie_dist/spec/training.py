@@ -1,0 +1,114 @@
+"""How it is trained: model, optimizer, schedule, engine, checkpoints, evaluation and tracking."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ernie_dist.spec.quantity import Count, Interval, Quantity, Span, Unit
+from ernie_dist.spec.strict import Strict
+
+
+class ModelSpec(Strict):
+    """Exactly one of: a preset from scratch, a config file from scratch, or pretrained weights."""
+
+    from_pretrained: str | None = Field(None, description="hub id or folder with weights")
+    revision: str | None = Field(None, description="hub revision of from_pretrained")
+    preset: str | None = Field(None, description="a named shape, initialised at random: ernie-4.5-0.3b")
+    config: str | None = Field(None, description="a transformers config.json, initialised at random")
+    override: dict[str, Any] = Field({}, description="config values to change, e.g. {num_hidden_layers: 4}")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSpec:
+        given = [name for name in ("from_pretrained", "preset", "config") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of from_pretrained, preset, config; got {' and '.join(given) or 'none'}")
+        if self.from_pretrained and self.override:
+            raise ValueError("override changes the shape, which pretrained weights do not allow; use preset or config")
+        return self
+
+
+class TrainTokenizerSpec(Strict):
+    """A byte-level BPE tokenizer learnt from the job's own sources, for people without a network."""
+
+    vocab_size: int = Field(ge=300, le=200_000, description="entries, special tokens included")
+
+
+class TokenizerSpec(Strict):
+    """`tokenizer: {train: {vocab_size: 8000}}`; a plain string is a hub id or a folder."""
+
+    train: TrainTokenizerSpec
+
+
+class OptimizerSpec(Strict):
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), with ERNIE 4.5's published values as defaults."""
+
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of the first and second moment, each in [0, 1)")
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0, description="on matrices only; norms and biases have none")
+
+
+class ScheduleSpec(Strict):
+    """Learning rate over the stages that share this schedule."""
+
+    kind: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
+    peak: float = Field(gt=0, lt=10, description="highest learning rate")
+    minimum: float = Field(0.0, ge=0, description="learning rate at the end")
+    warmup: Span = Field(Quantity(0, Unit.TOKENS), description="'500M tokens', '2000 steps' or '1 %'")
+    decay: Span | None = Field(None, description="length of wsd's decay: '3B tokens', '500 steps' or '10 %'")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScheduleSpec:
+        if self.minimum > self.peak:
+            raise ValueError(f"minimum {self.minimum:g} is above peak {self.peak:g}")
+        if self.kind != "wsd" and self.decay is not None:
+            raise ValueError(f"decay belongs to wsd; a {self.kind} schedule has none")
+        for name in ("warmup", "decay"):
+            value = getattr(self, name)
+            if value is not None and value.unit is Unit.PERCENT and value.amount > 100:
+                raise ValueError(f"{name} is more than 100 %")
+        return self
+
+
+class EngineSpec(Strict):
+    """What runs the model. Batch size, precision and clipping come from here, never from the DeepSpeed file."""
+
+    kind: Literal["deepspeed", "plain"] = Field("deepspeed", description="plain is single-device torch")
+    ds_config: str = Field("zero2", description="zero0 to zero3, zero2_offload, zero3_offload, or a JSON file")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="auto: bf16 on a GPU, fp32 without")
+    micro_batch_size: int = Field(1, ge=1, description="sequences per rank and forward pass, at most")
+    gradient_checkpointing: Literal["none", "full"] | int = Field(
+        "none", description="none, full, or n to recompute every n-th layer"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients above this norm are scaled down to it")
+
+    @model_validator(mode="after")
+    def _positive(self) -> EngineSpec:
+        if isinstance(self.gradient_checkpointing, int) and self.gradient_checkpointing < 1:
+            raise ValueError("gradient_checkpointing must be none, full or a number of at least 1")
+        return self
+
+
+class CheckpointSpec(Strict):
+    every: Interval = Field(Quantity(500, Unit.STEPS), description="'1B tokens' or '500 steps'")
+    keep_last: int = Field(3, ge=1, description="complete checkpoints kept")
+
+
+class EvaluateSpec(Strict):
+    every: Interval | None = Field(None, description="besides the start and the stage ends: '2B tokens', '500 steps'")
+    sequence_length: int | None = Field(None, ge=8, description="of held-out sequences; default: the longest stage's")
+    max_tokens: Count = Field(1 << 20, description="held-out tokens per source")
+
+
+class WandbSpec(Strict):
+    project: str
+    entity: str | None = None
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+    mode: Literal["online", "offline"] = Field("offline", description="offline keeps the run in RUN_DIR/wandb")
+
+
+class TrackSpec(Strict):
+    wandb: WandbSpec | None = None
+    tensorboard: bool = False
