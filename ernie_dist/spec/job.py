@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from ernie_dist.spec import batch_plan
 from ernie_dist.spec.curriculum import Name, SourceSpec, SplitSpec, StageSpec
 from ernie_dist.spec.errors import SpecError
 from ernie_dist.spec.problems import Problem, from_pydantic, refuse, suggest
-from ernie_dist.spec.quantity import Count, Unit
+from ernie_dist.spec.quantity import Count
 from ernie_dist.spec.resources import ResourcesSpec
 from ernie_dist.spec.strict import Strict
 from ernie_dist.spec.training import (
@@ -90,21 +91,20 @@ def load_job(path: Path, overrides: Sequence[str] = (), *, ranks: int | None = N
 
 def parse_job(raw: dict[str, Any], origin: str) -> JobSpec:
     """Validates a raw job. Raises SpecError that lists every mistake, also those between fields."""
-    problems: list[Problem] = []
-    pruned = copy.deepcopy(raw)
-    for _ in range(2):
-        try:
-            job = JobSpec.model_validate(pruned)
-        except ValidationError as error:
-            problems.extend(from_pydantic(error, JobSpec))
-            # Checks between fields need a whole job: leave the bad fields out and look again.
-            for item in error.errors():
-                _remove(pruned, item["loc"])
-            continue
-        problems.extend(_cross_check(job))
-        break
+    try:
+        job = JobSpec.model_validate(raw)
+    except ValidationError as error:
+        problems = from_pydantic(error, JobSpec)
+        # Checks between fields need a whole job: leave the bad fields out and, if it holds together, look again.
+        whole = copy.deepcopy(raw)
+        for item in error.errors():
+            _remove(whole, item["loc"])
+        with suppress(ValidationError):
+            problems += _cross_check(JobSpec.model_validate(whole))
+    else:
+        problems = list(_cross_check(job))
     if problems:
-        raise refuse(origin, list({problem.where: problem for problem in reversed(problems)}.values())[::-1])
+        raise refuse(origin, problems)
     return job
 
 
@@ -131,8 +131,6 @@ def _cross_check(job: JobSpec) -> Iterator[Problem]:
     for name, interval in (("checkpoint.every", job.checkpoint.every), ("evaluate.every", job.evaluate.every)):
         if interval is not None and interval.amount == 0:
             yield Problem(name, "must be greater than zero", str(interval))
-    if any(q.unit is Unit.PERCENT for q in (job.checkpoint.every,)):
-        yield Problem("checkpoint.every", "cannot be a percentage")
 
 
 def fingerprint(value: Any) -> str:

@@ -45,11 +45,11 @@ def from_pydantic(error: ValidationError, model: type[BaseModel]) -> list[Proble
     """Translates pydantic's errors into problems that carry a remedy."""
     problems: dict[str, Problem] = {}
     for item in error.errors(include_url=False):
-        path = _real_path(item["loc"], model)
+        path = _real_path(item, model)
         where = ".".join(map(str, path)) or "the job"
-        problem = Problem(where, _message(item, path, model), _shown(item))
-        problems.setdefault(where, problem)
-    return list(problems.values())
+        problems.setdefault(where, Problem(where, _message(item, path, model), _shown(item)))
+    # Of a union's members, the one that got further into the value is the one that was meant.
+    return [problem for where, problem in problems.items() if not any(w.startswith(f"{where}.") for w in problems)]
 
 
 def _message(item: Any, path: Sequence[int | str], model: type[BaseModel]) -> str:
@@ -77,18 +77,16 @@ def _shown(item: Any) -> str | None:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _real_path(loc: Sequence[int | str], model: type[BaseModel]) -> list[int | str]:
-    """Drops the segments pydantic adds for union members ("int", "function-before[...]", "[key]")."""
+def _real_path(item: Any, model: type[BaseModel]) -> list[int | str]:
+    """The error's path without the segments pydantic adds for members of a union ("str", "[key]")."""
     path: list[int | str] = []
-    for part in loc:
+    for depth, part in enumerate(item["loc"]):
         here = _type_at(path, model, models_only=False)
-        if isinstance(part, int) or here is None:
-            if here is not None or isinstance(part, int):
+        if isinstance(here, type) and issubclass(here, BaseModel):
+            unknown = item["type"] == "extra_forbidden" and depth == len(item["loc"]) - 1
+            if part in here.model_fields or unknown:
                 path.append(part)
-        elif isinstance(here, type) and issubclass(here, BaseModel):
-            if part in here.model_fields or not any(mark in part for mark in "[]()"):
-                path.append(part)
-        elif typing.get_origin(here) is dict and part != "[key]":
+        elif isinstance(part, int) or (typing.get_origin(here) is dict and part != "[key]"):
             path.append(part)
     return path
 

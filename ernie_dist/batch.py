@@ -1,0 +1,52 @@
+"""What one rank feeds its engine for one optimizer step.
+
+    global batch --dealt to ranks--> Batch --cut--> MicroBatch [B, T] --one forward pass
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+IGNORED = -100
+"""the label of a position outside the loss"""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Packed sequences for one forward pass: B rows of T positions."""
+
+    tokens_BT: torch.Tensor
+    """int64"""
+    labels_BT: torch.Tensor
+    """int64, already shifted: the token that position t should predict, or IGNORED"""
+    positions_BT: torch.Tensor
+    """int64, restarting at 0 with every document"""
+    document_ends: torch.Tensor
+    """int32 [documents + 1]: 0 and the end of every document in the flattened B*T positions; padding is one too"""
+    longest: int
+    """positions of the longest document"""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        if device.type == "cpu":
+            return self
+        moved = (
+            tensor.pin_memory().to(device, non_blocking=True)
+            for tensor in (self.tokens_BT, self.labels_BT, self.positions_BT, self.document_ends)
+        )
+        return MicroBatch(*moved, longest=self.longest)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part of one global batch, and the ids of all of it."""
+
+    index: int
+    stage: str
+    micro_batches: tuple[MicroBatch, ...]
+    sequence_ids: np.ndarray
+    """int64 [global_batch_size, 2]: source number and number in that source, of the whole world"""
+    tokens: int
+    """positions of the whole world's batch, padding included"""

@@ -1,0 +1,1 @@
+"""Model, optimizer and sharding behind one protocol."""

@@ -1,0 +1,52 @@
+"""What the training loop knows of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ernie_dist.batch import Batch, MicroBatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, seen from the whole world."""
+
+    loss: float
+    """mean over the labelled positions of the whole batch, in nats"""
+    grad_norm: float
+    """2-norm before clipping"""
+    loss_tokens: int
+    """labelled positions of the whole batch"""
+    applied: bool
+    """False where the update was skipped (fp16 overflow)"""
+
+
+class Engine(Protocol):
+    """Owns micro-batching, normalisation per loss token over the whole world, clipping and the update."""
+
+    def step(self, batch: Batch, learning_rate: float) -> StepResult:
+        """Trains on one batch. Collective: every rank calls it with its part of the same global batch."""
+        ...
+
+    def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:
+        """Loss summed over labelled positions, and their number, over all ranks' equally many micro-batches."""
+        ...
+
+    def freeze(self, patterns: Sequence[str]) -> None:
+        """Parameters whose names match are not updated from now on; all others are."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes all that `load` needs into an existing folder. Collective."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Goes on exactly where `save` was called. Collective. Raises CheckpointError if it cannot."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of processes, groups and memory."""
+        ...

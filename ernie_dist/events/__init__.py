@@ -1,0 +1,1 @@
+"""What happened, for whoever watches. Sinks see events; none may steer."""

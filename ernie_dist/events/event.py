@@ -1,0 +1,160 @@
+"""The events of a run, and the bus that hands them to sinks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened. `time` is seconds since the epoch."""
+
+    time: float = field(default_factory=time.time, kw_only=True)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"event": type(self).__name__, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class AttemptStarted(Event):
+    """A start of the run: the first one, or one that goes on."""
+
+    attempt: int
+    step: int
+    total_batches: int
+    total_tokens: int
+    world_size: int
+    device: str
+    engine: str
+    parameters: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Restored(Event):
+    """The attempt goes on from a checkpoint."""
+
+    attempt: int
+    step: int
+    consumed_tokens: int
+    checkpoint: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CheckpointRefused(Event):
+    """A checkpoint was passed over because it does not verify."""
+
+    checkpoint: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class StageStarted(Event):
+    step: int
+    stage: str
+    number: int
+    batches: int
+    consumed_tokens: int
+
+
+@dataclass(frozen=True)
+class StepFinished(Event):
+    """One line of metrics.jsonl."""
+
+    step: int
+    stage: str
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    consumed_tokens: int
+    loss_tokens: int
+    tokens_per_second: float
+    mfu: float | None
+    """0 to 1 of the device's peak, full-attention convention; None where the peak is not known"""
+    attempt: int
+    batch_hash: str
+    applied: bool
+    """False if the engine skipped the update"""
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """Held-out loss of one source: a cell of the stage x source matrix."""
+
+    step: int
+    stage: str
+    """the stage just trained; "start" before the first step"""
+    source: str
+    loss: float
+    """mean over labelled positions, in nats"""
+    tokens: int
+    consumed_tokens: int
+    at_stage_end: bool
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    step: int
+    checkpoint: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Stopped(Event):
+    """Stopped on request, resumable."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failed(Event):
+    step: int
+    rank: int
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Finished(Event):
+    step: int
+    consumed_tokens: int
+    export: str
+
+
+class Sink(Protocol):
+    """Receives every event, in order, on rank 0."""
+
+    def handle(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class EventBus:
+    """Hands events to sinks. A sink that fails is reported once and left out: it never stops training."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = list(sinks)
+
+    def emit(self, event: Event) -> None:
+        for sink in list(self._sinks):
+            self._guarded(sink, sink.handle, event)
+
+    def close(self) -> None:
+        for sink in list(self._sinks):
+            self._guarded(sink, sink.close)
+
+    def _guarded(self, sink: Sink, action: Any, *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except Exception:
+            log.exception("%s failed and is left out from now on", type(sink).__name__)
+            self._sinks.remove(sink)

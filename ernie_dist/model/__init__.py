@@ -1,0 +1,1 @@
+"""The network: building it, its attention over packed documents, and its loss."""

@@ -1,0 +1,83 @@
+"""Causal attention that never crosses a document: one function, two implementations, no mask for the caller to get wrong.
+
+    q [B, H, T, D], k and v [B, KV, T, D], document_ends [documents + 1] over the flattened B*T positions
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+NAME = "ernie_dist_packed"
+"""under which transformers knows it: `attn_implementation`"""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where documents end, in the form that the chosen implementation reads. Made once per micro-batch."""
+
+    ends: torch.Tensor
+    longest: int
+    same_document_BTT: torch.Tensor | None
+    """bool [B, 1, T, T], causal within each document; None where variable-length flash attention runs"""
+
+
+def documents_of(document_ends: torch.Tensor, longest: int, rows: int, length: int, dtype: torch.dtype) -> Documents:
+    """Prepares attention for one micro-batch of `rows` sequences of `length` tokens."""
+    if uses_flash(document_ends.device, dtype):
+        return Documents(document_ends, longest, None)
+    positions = torch.arange(rows * length, device=document_ends.device)
+    document_BT = torch.bucketize(positions, document_ends[1:].long(), right=True).view(rows, length)
+    same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
+    return Documents(document_ends, longest, same_BTT.tril_()[:, None])
+
+
+def uses_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Variable-length flash attention runs on CUDA in half precision."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    *,
+    documents: Documents,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """The signature transformers calls. Returns [B, T, H, D]."""
+    rows, heads, length, width = query.shape
+    if documents.same_document_BTT is None:
+        from torch.nn.attention.varlen import varlen_attn  # CUDA only
+
+        flat = [x.transpose(1, 2).reshape(rows * length, -1, width) for x in (query, key, value)]
+        out = varlen_attn(
+            *flat,
+            documents.ends,
+            documents.ends,
+            documents.longest,
+            documents.longest,
+            scale=scaling,
+            window_size=(-1, 0),
+            enable_gqa=key.shape[1] != heads,
+        )
+        return out.view(rows, length, heads, width), None
+    out = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=documents.same_document_BTT,
+        scale=scaling,
+        enable_gqa=key.shape[1] != heads,
+    )
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, packed_attention)

@@ -1,0 +1,48 @@
+"""ModelSpec -> a transformers causal language model that attends within packed documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ernie_dist.model import attention
+from ernie_dist.spec.errors import SpecError
+from ernie_dist.spec.shape import config_values
+from ernie_dist.spec.training import ModelSpec
+
+
+def build_model(
+    spec: ModelSpec, vocab_size: int, seed: int, checkpointing: str | int = "none", attn_implementation: str = attention.NAME
+) -> PreTrainedModel:
+    """A model in fp32, the same weights on every rank. `checkpointing`: none, full, or n for every n-th layer.
+
+    Raises SpecError where the weights cannot be found or the config does not fit transformers.
+    """
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"attn_implementation": attn_implementation, "dtype": torch.float32}
+    try:
+        if spec.from_pretrained:
+            model = AutoModelForCausalLM.from_pretrained(spec.from_pretrained, revision=spec.revision, **options)
+        else:
+            values = config_values(spec, vocab_size)
+            assert values is not None
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), **options)
+    except (OSError, ValueError, TypeError) as error:
+        origin = spec.from_pretrained or spec.config or spec.preset
+        raise SpecError(f"model {origin}: cannot be built: {str(error).strip().splitlines()[0]}") from error
+    rows = model.get_input_embeddings().num_embeddings
+    if rows < vocab_size:
+        raise SpecError(f"model has {rows:,} embedding rows, the tokenizer {vocab_size:,} tokens; they do not belong together")
+    _checkpoint_layers(model, checkpointing)
+    return model
+
+
+def _checkpoint_layers(model: PreTrainedModel, every: str | int) -> None:
+    if every == "none":
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    step = 1 if every == "full" else int(every)
+    for number, layer in enumerate(model.model.layers):
+        layer.gradient_checkpointing = number % step == 0

@@ -1,0 +1,82 @@
+"""Names of what lies in a run directory: the single source of truth about a run.
+
+    RUN_DIR/
+      job.json             the resolved job
+      attempts/0001/       launch.json, one log per rank, error.json
+      metrics.jsonl        one line per optimizer step; of a step written twice the later attempt counts
+      events.jsonl         everything else that happened
+      checkpoints/step_00000120/
+      export/              the model at the end
+      report.html  loss_curve.png  wandb/  tensorboard/
+      stop                 exists while a stop is requested; holds the reason
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Paths inside one run directory."""
+
+    root: Path
+
+    @property
+    def job(self) -> Path:
+        return self.root / "job.json"
+
+    @property
+    def stop(self) -> Path:
+        return self.root / "stop"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def loss_curve(self) -> Path:
+        return self.root / "loss_curve.png"
+
+    @property
+    def wandb(self) -> Path:
+        return self.root / "wandb"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def attempts(self) -> Path:
+        return self.root / "attempts"
+
+    def attempt(self, number: int) -> Path:
+        return self.attempts / f"{number:04d}"
+
+    def rank_log(self, attempt: int, rank: int) -> Path:
+        return self.attempt(attempt) / f"rank_{rank:05d}.log"
+
+    def error(self, attempt: int) -> Path:
+        """What the first rank that failed left behind."""
+        return self.attempt(attempt) / "error.json"
+
+    def outcome(self, attempt: int) -> Path:
+        """How an attempt ended, where it ended by itself."""
+        return self.attempt(attempt) / "outcome.json"
