@@ -1,0 +1,1 @@
+"""From documents on disk to the batches of one rank."""
