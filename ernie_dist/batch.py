@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,10 @@ import torch
 
 IGNORED = -100
 """the label of a position outside the loss"""
+
+
+Row = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""One packed sequence: tokens, labels, positions int64 [T], and its documents' lengths int64 [documents], padding last"""
 
 
 @dataclass(frozen=True)
@@ -50,3 +55,19 @@ class Batch:
     """int64 [global_batch_size, 2]: source number and number in that source, of the whole world"""
     tokens: int
     """positions of the whole world's batch, padding included"""
+
+
+def stack(rows: Sequence[Row]) -> MicroBatch:
+    """Rows of equal length -> one micro-batch."""
+    tokens, labels, positions, documents = zip(*rows, strict=True)
+    lengths = np.concatenate(documents)
+    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    tensors = (torch.from_numpy(np.stack(part)) for part in (tokens, labels, positions))
+    return MicroBatch(*tensors, document_ends=torch.from_numpy(ends), longest=int(lengths.max()))
+
+
+def empty_micro_batch(sequence_length: int) -> MicroBatch:
+    """A row of padding, for a rank that has nothing left while others do: collectives need everyone."""
+    nothing = np.zeros(sequence_length, np.int64)
+    row = (nothing, np.full(sequence_length, IGNORED), np.arange(sequence_length), np.array([sequence_length]))
+    return stack([row])

@@ -1,15 +1,20 @@
-"""Rank facts, read once from the environment that torchrun sets."""
+"""Rank facts, read once from the environment that torchrun sets, and the few things ranks agree on."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all ranks."""
+    """This process among all ranks. With one rank nothing is ever communicated."""
 
     rank: int = 0
     local_rank: int = 0
@@ -27,3 +32,50 @@ class World:
     def is_main(self) -> bool:
         """Rank 0: the one that writes what exists once."""
         return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+    def connect(self, timeout: timedelta = timedelta(minutes=30)) -> None:
+        """Joins the process group: gloo for host tensors, NCCL for a GPU's."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=timeout)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Adds up a tensor over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says yes. The same answer on all."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(int(flag))).item())
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        self.any(False)
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()

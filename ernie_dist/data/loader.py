@@ -12,9 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from ernie_dist.batch import IGNORED, Batch, MicroBatch
+from ernie_dist.batch import IGNORED, Batch, Row, stack
 from ernie_dist.data.curriculum import Curriculum, deal
 from ernie_dist.data.packing import Packs
 from ernie_dist.data.shard import PreparedSource
@@ -36,10 +35,8 @@ class SequenceReader:
     def __len__(self) -> int:
         return len(self.packs)
 
-    def row(self, sequence: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """One packed sequence: tokens, labels, positions int64 [T], and its documents' lengths int64 [documents].
-
-        What is left over at the end is padding: token 0, no label, and a document of its own.
+    def row(self, sequence: int) -> Row:
+        """One packed sequence. What is left over at the end is padding: token 0, no label, and a document of its own.
         """
         length = self.packs.sequence_length
         tokens, positions = np.zeros(length, np.int64), np.empty(length, np.int64)
@@ -66,22 +63,6 @@ class SequenceReader:
         return labels
 
 
-def stack(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]) -> MicroBatch:
-    """Rows of equal length -> one micro-batch."""
-    tokens, labels, positions, documents = zip(*rows, strict=True)
-    lengths = np.concatenate(documents)
-    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    tensors = (torch.from_numpy(np.stack(part)) for part in (tokens, labels, positions))
-    return MicroBatch(*tensors, document_ends=torch.from_numpy(ends), longest=int(lengths.max()))
-
-
-def empty_micro_batch(sequence_length: int) -> MicroBatch:
-    """A row of padding, for a rank that has nothing left while others do: collectives need everyone."""
-    nothing = np.zeros(sequence_length, np.int64)
-    row = (nothing, np.full(sequence_length, IGNORED), np.arange(sequence_length), np.array([sequence_length]))
-    return stack([row])
-
-
 class BatchLoader:
     """Reads any batch of a job, for one rank. Random access: a resume costs the same anywhere."""
 
@@ -92,7 +73,7 @@ class BatchLoader:
     def __getitem__(self, batch_index: int) -> Batch:
         stage, order, ids = self.curriculum.locate(batch_index)
         mine = deal(ids, self._world.rank, self._world.size)
-        rows = [None] * len(mine)
+        rows: list[Row] = [()] * len(mine)  # type: ignore[list-item]
         for number in np.unique(mine[:, 0]).tolist():
             reader = self._reader(order.sources[number], stage.sequence_length, stage.loss)
             where = np.flatnonzero(mine[:, 0] == number)

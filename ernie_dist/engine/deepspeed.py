@@ -1,0 +1,183 @@
+"""DeepSpeed ZeRO 0 to 3 behind the Engine protocol. The only importer of deepspeed.
+
+The token-exact loss: every micro-batch is backpropagated as summed_loss x ranks / labelled positions of the whole
+batch; ZeRO's mean over ranks then leaves the mean per labelled position, however unevenly those are spread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from transformers.integrations import HfDeepSpeedConfig
+
+from ernie_dist.batch import IGNORED, Batch, MicroBatch
+from ernie_dist.engine.base import StepResult
+from ernie_dist.engine.optimizer import ParameterGroups, adamw
+from ernie_dist.spec.ds_config import offloads, read_ds_config, zero_stage
+from ernie_dist.spec.errors import CheckpointError
+from ernie_dist.spec.training import EngineSpec, OptimizerSpec
+from ernie_dist.world import World
+
+Loss = Callable[[nn.Module, MicroBatch], torch.Tensor]
+_TAG = "state"
+
+
+class _WithLoss(nn.Module):
+    """DeepSpeed hooks the forward of the module it is given: the loss has to be computed inside it."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self._loss = model, loss
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        return self._loss(self.model, batch)
+
+
+class DeepSpeedEngine:
+    def __init__(
+        self,
+        spec: EngineSpec,
+        optimizer: OptimizerSpec,
+        freezes: Sequence[Sequence[str]],
+        build: Callable[[], nn.Module],
+        loss: Loss,
+        world: World,
+        *,
+        precision: str,
+        pretrained: bool,
+    ) -> None:
+        self._world, self._device = world, world.device
+        policy = read_ds_config(spec.ds_config)
+        self._zero_stage, self._max_grad_norm = zero_stage(policy), spec.max_grad_norm
+        config = _complete(policy, spec, precision, world.size)
+        _connect(world)
+        # While this object lives, transformers reads files straight into ZeRO-3's partitions. Random weights are not
+        # drawn that way: they would differ from every other stage's.
+        partitioning = HfDeepSpeedConfig(config) if self._zero_stage == 3 and pretrained else None
+        model = build()
+        del partitioning
+        self._groups = ParameterGroups(model, freezes)
+        groups = self._groups(optimizer)
+        own = {"model_parameters": groups} if _cpu_adam(policy) else {"optimizer": adamw(groups, optimizer)}
+        if _cpu_adam(policy):
+            config["optimizer"] = _adam_config(optimizer)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(model=_WithLoss(model, loss), config=config, **own)
+
+    def step(self, batch: Batch, learning_rate: float) -> StepResult:
+        engine = self._engine
+        engine.train()
+        labelled = sum(int((micro.labels_BT != IGNORED).sum()) for micro in batch.micro_batches)
+        loss_tokens = int(self._world.sum(torch.tensor(labelled)))
+        scale = self._world.size / max(1, loss_tokens)
+        self._groups.set_learning_rate(self._optimizer.param_groups, learning_rate)
+        total = torch.zeros((), device=self._device)
+        for number, micro in enumerate(batch.micro_batches, start=1):
+            engine.set_gradient_accumulation_boundary(number == len(batch.micro_batches))
+            summed = engine(micro.to(self._device))
+            total += summed.detach()
+            engine.backward(summed * scale, scale_wrt_gas=False)
+        grad_norm = self._grad_norm_before_step()
+        engine.step()
+        if grad_norm is None:
+            grad_norm = float(engine.get_global_grad_norm())
+        loss = self._world.sum(total).item() / max(1, loss_tokens)
+        return StepResult(loss, grad_norm, loss_tokens, applied=engine.was_step_applied())
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:
+        self._engine.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for micro in batches:
+            sums[0] += self._engine(micro.to(self._device))
+            sums[1] += (micro.labels_BT != IGNORED).sum()
+        self._world.sum(sums)
+        return sums[0].item(), int(sums[1].item())
+
+    def freeze(self, patterns: Sequence[str]) -> None:
+        self._groups.freeze(patterns)
+
+    def save(self, folder: Path) -> None:
+        # DeepSpeed's own `latest` is written before the other ranks' shards are there: the store commits instead.
+        if not self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False):
+            raise CheckpointError(f"{folder}: DeepSpeed could not write its part of the checkpoint; see the rank logs")
+
+    def load(self, folder: Path) -> None:
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if loaded is None:  # only a warning to DeepSpeed, which would go on from random weights
+            raise CheckpointError(f"{folder}: DeepSpeed could not read this checkpoint; see the rank logs")
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+    def _grad_norm_before_step(self) -> float | None:
+        """ZeRO 0 does not report a norm: there the reduced gradients are whole on every rank, until the step."""
+        if self._zero_stage > 0 or self._engine.get_global_grad_norm() is not None:
+            return None
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients).item()
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights the engine computes with, out of a folder written by `save`, whole and read by one process."""
+    whole = folder / _TAG / "mp_rank_00_model_states.pt"
+    if whole.is_file():
+        # weights_only=False: DeepSpeed stores its own classes. The store has verified the file's hash.
+        weights = torch.load(whole, map_location="cpu", weights_only=False)["module"]
+    else:  # ZeRO-3: every rank holds a part, kept in fp32
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG)
+    return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+
+def _connect(world: World) -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Compiled at first use, raced by all ranks, and of no use to training: gloo's own reduction stays.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if world.size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    world.connect()
+    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+
+
+def _complete(policy: dict[str, Any], spec: EngineSpec, precision: str, ranks: int) -> dict[str, Any]:
+    """The policy file and what the job says. Accumulation is ours: the boundary is set at every micro-batch."""
+    config = {
+        **policy,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": ranks,
+        "gradient_clipping": spec.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "disable_python_gc": False,
+    }
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        if zero_stage(policy) > 0:  # without ZeRO DeepSpeed can only accumulate in bf16
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif precision == "fp16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": 16}
+    return config
+
+
+def _cpu_adam(policy: dict[str, Any]) -> bool:
+    """Offloaded states want DeepSpeed's vectorised Adam, where it can be compiled against CUDA."""
+    return offloads(policy) and torch.cuda.is_available()
+
+
+def _adam_config(spec: OptimizerSpec) -> dict[str, Any]:
+    values = {"lr": 0.0, "betas": list(spec.betas), "eps": spec.eps, "weight_decay": spec.weight_decay}
+    return {"type": "AdamW", "params": {**values, "adam_w_mode": True}}

@@ -1,0 +1,93 @@
+"""Single-device torch: for laptops and tests, and the numeric reference of every other engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ernie_dist.batch import IGNORED, Batch, MicroBatch
+from ernie_dist.engine.base import StepResult
+from ernie_dist.engine.optimizer import ParameterGroups, adamw
+from ernie_dist.spec.errors import SpecError
+from ernie_dist.spec.training import EngineSpec, OptimizerSpec
+from ernie_dist.world import World
+
+Loss = Callable[[nn.Module, MicroBatch], torch.Tensor]
+_STATE = "state.pt"
+
+
+class PlainEngine:
+    """Master weights in fp32; bf16 by autocast."""
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        optimizer: OptimizerSpec,
+        freezes: Sequence[Sequence[str]],
+        build: Callable[[], nn.Module],
+        loss: Loss,
+        world: World,
+        *,
+        precision: str,
+        pretrained: bool,
+    ) -> None:
+        if precision == "fp16":
+            raise SpecError('engine.precision = "fp16": the plain engine has no loss scaling; use bf16, fp32 or deepspeed')
+        self._device, self._precision, self._loss = world.device, precision, loss
+        self._max_grad_norm = spec.max_grad_norm
+        self.model = build().to(self._device)
+        self._groups = ParameterGroups(self.model, freezes)
+        self._optimizer = adamw(self._groups(optimizer), optimizer)
+
+    def step(self, batch: Batch, learning_rate: float) -> StepResult:
+        self.model.train()
+        loss_tokens = sum(int((micro.labels_BT != IGNORED).sum()) for micro in batch.micro_batches)
+        total = torch.zeros((), device=self._device)
+        for micro in batch.micro_batches:
+            with self._autocast():
+                summed = self._loss(self.model, micro.to(self._device))
+            (summed / max(1, loss_tokens)).backward()
+            total += summed.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
+        self._groups.set_learning_rate(self._optimizer.param_groups, learning_rate)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepResult(total.item() / max(1, loss_tokens), norm.item(), loss_tokens, applied=True)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:
+        self.model.eval()
+        loss, tokens = 0.0, 0
+        for micro in batches:
+            with self._autocast():
+                loss += self._loss(self.model, micro.to(self._device)).item()
+            tokens += int((micro.labels_BT != IGNORED).sum())
+        return loss, tokens
+
+    def freeze(self, patterns: Sequence[str]) -> None:
+        self._groups.freeze(patterns)
+
+    def save(self, folder: Path) -> None:
+        torch.save({"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}, folder / _STATE)
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / _STATE, map_location=self._device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def close(self) -> None:
+        del self.model, self._optimizer
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self._precision == "bf16":
+            return torch.autocast(self._device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The model's weights in a folder written by `save`, in fp32."""
+    return torch.load(folder / _STATE, map_location="cpu", weights_only=True)["model"]

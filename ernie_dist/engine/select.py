@@ -1,0 +1,47 @@
+"""EngineSpec -> an engine. DeepSpeed is imported only by those who use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ernie_dist.batch import MicroBatch
+from ernie_dist.engine.base import Engine
+from ernie_dist.spec.training import EngineSpec, OptimizerSpec
+from ernie_dist.world import World
+
+
+def build_engine(
+    spec: EngineSpec,
+    optimizer: OptimizerSpec,
+    freezes: Sequence[Sequence[str]],
+    build: Callable[[], nn.Module],
+    loss: Callable[[nn.Module, MicroBatch], torch.Tensor],
+    world: World,
+    *,
+    pretrained: bool = False,
+) -> Engine:
+    """`freezes`: every list of patterns that `Engine.freeze` will be called with; `pretrained`: build reads weights."""
+    precision = spec.precision
+    if precision == "auto":
+        precision = "bf16" if world.device.type == "cuda" else "fp32"
+    make: Callable[..., Engine]
+    if spec.kind == "plain":
+        from ernie_dist.engine.plain import PlainEngine as make
+    else:
+        from ernie_dist.engine.deepspeed import DeepSpeedEngine as make
+    return make(spec, optimizer, freezes, build, loss, world, precision=precision, pretrained=pretrained)
+
+
+def read_weights(kind: str, folder: Path) -> dict[str, torch.Tensor]:
+    """Whole weights out of an engine's checkpoint folder, on one process and without a GPU."""
+    if kind == "plain":
+        from ernie_dist.engine import plain
+
+        return plain.read_weights(folder)
+    from ernie_dist.engine import deepspeed
+
+    return deepspeed.read_weights(folder)

@@ -1,0 +1,89 @@
+"""Run under torchrun: trains a few steps with one engine after another on the same batches, and prints what came out.
+
+    arguments: JSON with `cases` (EngineSpec fields plus `micro`) and `steps`
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ernie_dist.batch import IGNORED, Batch, MicroBatch, stack
+from ernie_dist.engine.select import build_engine, read_weights
+from ernie_dist.model.build import build_model
+from ernie_dist.model.loss import summed_loss
+from ernie_dist.spec.training import EngineSpec, ModelSpec, OptimizerSpec
+from ernie_dist.world import World
+
+VOCABULARY, LENGTH, SEQUENCES = 128, 32, 8
+MODEL = ModelSpec(preset="ernie-4.5-tiny", override={"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": VOCABULARY})
+FREEZE = ("model.embed_tokens.*", "model.layers.0.*")
+
+
+def row(generator: np.random.Generator, labelled: float):
+    """A packed sequence of two documents and some padding; about `labelled` of its positions are in the loss."""
+    cut, end = int(generator.integers(5, 15)), int(generator.integers(20, LENGTH))
+    tokens = generator.integers(5, VOCABULARY, LENGTH)
+    labels = np.where(generator.random(LENGTH) < labelled, np.roll(tokens, -1), IGNORED)
+    labels[[cut - 1, *range(end - 1, LENGTH)]] = IGNORED
+    lengths = np.array([cut, end - cut, LENGTH - end])
+    return tokens, labels, np.concatenate([np.arange(n) for n in lengths]), lengths
+
+
+def batch(step: int, world: World, micro: int) -> Batch:
+    """The same global batch however it is cut: sequence i has about i/8 of its positions in the loss."""
+    rows = [row(np.random.default_rng([step, i]), i / SEQUENCES) for i in range(SEQUENCES)]
+    mine = rows[world.rank * SEQUENCES // world.size : (world.rank + 1) * SEQUENCES // world.size]
+    cut = tuple(stack(mine[i : i + micro]) for i in range(0, len(mine), micro))
+    return Batch(step, "stage", cut, np.zeros((SEQUENCES, 2), np.int64), SEQUENCES * LENGTH)
+
+
+def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
+    spec = EngineSpec(**{key: value for key, value in case.items() if key != "micro"})
+    build = partial(build_model, MODEL, VOCABULARY, 17, spec.gradient_checkpointing)
+    engine = build_engine(spec, OptimizerSpec(), [FREEZE], build, summed_loss, world)
+    micro, results = case["micro"], []
+    for step in range(steps):
+        engine.freeze(FREEZE if step == 1 else ())
+        results.append(engine.step(batch(step, world, micro), 1e-2))
+        if step == steps // 2 - 1:
+            folder = world.from_main(scratch / f"{json.dumps(case)}".replace("/", "_").replace('"', ""))
+            folder.mkdir(parents=True, exist_ok=True)
+            world.barrier()
+            engine.save(folder)
+            world.barrier()
+    held_out: list[MicroBatch] = list(batch(99, world, micro).micro_batches)
+    loss, tokens = engine.evaluate(held_out)
+    engine.close()
+
+    again = build_engine(spec, OptimizerSpec(), [FREEZE], build, summed_loss, world)
+    again.load(folder)
+    again.freeze(())
+    replay = [again.step(batch(step, world, micro), 1e-2).loss for step in range(steps // 2, steps)]
+    again.close()
+    weights = read_weights(spec.kind, folder) if world.is_main else {}
+    return {
+        "losses": [result.loss for result in results],
+        "norms": [result.grad_norm for result in results],
+        "tokens": [result.loss_tokens for result in results],
+        "applied": all(result.applied for result in results),
+        "replay": replay,
+        "held_out": [loss, tokens],
+        "weights": {name: float(tensor.double().abs().sum()) for name, tensor in sorted(weights.items())},
+    }
+
+
+if __name__ == "__main__":
+    request = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    world = World.from_environment()
+    if world.size > 1:
+        world.connect()
+    for case in request["cases"]:
+        result = run(case, request["steps"], world, Path(request["scratch"]))
+        if world.is_main:
+            print("RESULT " + json.dumps({"case": case, **result}), flush=True)
+    world.close()
