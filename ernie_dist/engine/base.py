@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ernie_dist.batch import Batch, MicroBatch
 
@@ -26,6 +26,16 @@ class StepResult:
 
 class Engine(Protocol):
     """Owns micro-batching, normalisation per loss token over the whole world, clipping and the update."""
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the whole model, wherever they lie."""
+        ...
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The transformers config values of the model."""
+        ...
 
     def step(self, batch: Batch, learning_rate: float) -> StepResult:
         """Trains on one batch. Collective: every rank calls it with its part of the same global batch."""

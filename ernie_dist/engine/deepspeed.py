@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from ernie_dist.batch import IGNORED, Batch, MicroBatch
@@ -51,7 +52,7 @@ class DeepSpeedEngine:
         spec: EngineSpec,
         optimizer: OptimizerSpec,
         freezes: Sequence[Sequence[str]],
-        build: Callable[[], nn.Module],
+        build: Callable[[], PreTrainedModel],
         loss: Loss,
         world: World,
         *,
@@ -68,6 +69,7 @@ class DeepSpeedEngine:
         partitioning = HfDeepSpeedConfig(config) if self._zero_stage == 3 and pretrained else None
         model = build()
         del partitioning
+        self.parameters, self.config = model.num_parameters(), model.config.to_dict()
         self._groups = ParameterGroups(model, freezes)
         groups = self._groups(optimizer)
         own = {"model_parameters": groups} if _cpu_adam(policy) else {"optimizer": adamw(groups, optimizer)}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ernie_dist.batch import IGNORED, Batch, MicroBatch
 from ernie_dist.engine.base import StepResult
@@ -28,7 +29,7 @@ class PlainEngine:
         spec: EngineSpec,
         optimizer: OptimizerSpec,
         freezes: Sequence[Sequence[str]],
-        build: Callable[[], nn.Module],
+        build: Callable[[], PreTrainedModel],
         loss: Loss,
         world: World,
         *,
@@ -40,6 +41,7 @@ class PlainEngine:
         self._device, self._precision, self._loss = world.device, precision, loss
         self._max_grad_norm = spec.max_grad_norm
         self.model = build().to(self._device)
+        self.parameters, self.config = self.model.num_parameters(), self.model.config.to_dict()
         self._groups = ParameterGroups(self.model, freezes)
         self._optimizer = adamw(self._groups(optimizer), optimizer)
 

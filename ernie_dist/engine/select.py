@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ernie_dist.batch import MicroBatch
 from ernie_dist.engine.base import Engine
@@ -18,7 +19,7 @@ def build_engine(
     spec: EngineSpec,
     optimizer: OptimizerSpec,
     freezes: Sequence[Sequence[str]],
-    build: Callable[[], nn.Module],
+    build: Callable[[], PreTrainedModel],
     loss: Callable[[nn.Module, MicroBatch], torch.Tensor],
     world: World,
     *,

@@ -1,0 +1,52 @@
+"""Held-out loss of every source: one row of the stage x source matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ernie_dist.batch import MicroBatch, empty_micro_batch, stack
+from ernie_dist.data.loader import SequenceReader
+from ernie_dist.data.shard import PreparedSource
+from ernie_dist.engine.base import Engine
+from ernie_dist.spec.resolve import ResolvedJob
+from ernie_dist.world import World
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    source: str
+    loss: float
+    """mean over labelled positions, in nats"""
+    tokens: int
+
+
+class HeldOut:
+    """The validation sequences of a job, always the same ones in the same order."""
+
+    def __init__(self, job: ResolvedJob, world: World) -> None:
+        self._world, self._size = world, job.spec.engine.micro_batch_size
+        self._length = job.spec.evaluation_length
+        self._limit = max(1, job.spec.evaluate.max_tokens // self._length)
+        self._readers: dict[str, SequenceReader] = {}
+        for name, resolved in job.sources.items():
+            if resolved.held_out:
+                source = PreparedSource.open(Path(resolved.folder))
+                self._readers[name] = SequenceReader(source, source.packs("validation", self._length), "answers")
+
+    def losses(self, engine: Engine) -> Iterator[HeldOutLoss]:
+        """Evaluates source by source. Collective."""
+        for name, reader in self._readers.items():
+            total, tokens = engine.evaluate(self._mine(reader))
+            if tokens:
+                yield HeldOutLoss(name, total / tokens, tokens)
+
+    def _mine(self, reader: SequenceReader) -> Iterator[MicroBatch]:
+        """Every n-th sequence, in equally many micro-batches on all ranks: under ZeRO-3 each one is a collective."""
+        count = min(self._limit, len(reader))
+        mine = range(self._world.rank, count, self._world.size)
+        rounds = -(-(-(-count // self._world.size)) // self._size)
+        for number in range(rounds):
+            numbers = mine[number * self._size : (number + 1) * self._size]
+            yield stack([reader.row(i) for i in numbers]) if numbers else empty_micro_batch(self._length)

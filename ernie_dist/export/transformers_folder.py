@@ -1,0 +1,46 @@
+"""A complete transformers directory: weights as safetensors, config, generation config, tokenizer, chat template."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from transformers import AutoTokenizer, GenerationConfig
+
+from ernie_dist.checkpoint import engine_folder
+from ernie_dist.engine.select import read_weights
+from ernie_dist.model.build import build_model
+from ernie_dist.spec.errors import CheckpointError
+from ernie_dist.spec.resolve import ResolvedJob
+
+
+def export_model(job: ResolvedJob, checkpoint: Path | None, to: Path) -> Path:
+    """Writes the model of a verified checkpoint; without one, as it was before the first step.
+
+    The folder appears whole or not at all. Raises CheckpointError if `to` exists and is not an export.
+    """
+    if to.exists() and any(to.iterdir()) and not (to / "config.json").is_file():
+        raise CheckpointError(f"{to}: exists and is not an export; give another folder")
+    model = build_model(job.spec.model, job.tokenizer.vocab_size, job.spec.seed, attn_implementation="sdpa")
+    if checkpoint is not None:
+        weights = read_weights(job.spec.engine.kind, engine_folder(checkpoint))
+        model.to(next(iter(weights.values())).dtype)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        untied = [name for name in missing if not (name == "lm_head.weight" and model.config.tie_word_embeddings)]
+        if untied or unexpected:
+            raise CheckpointError(f"{checkpoint}: weights do not fit the model: {[*untied, *unexpected][:3]}")
+    tokenizer = AutoTokenizer.from_pretrained(job.tokenizer.folder)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    aside = to.with_name(to.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(to, ignore_errors=True)
+    aside.rename(to)
+    return to
+
+
