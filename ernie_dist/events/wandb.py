@@ -1,0 +1,224 @@
+"""The only importer of wandb. Weights & Biases sees a copy of the run, and can neither stop it nor slow it down.
+
+    handle(event) -> bounded queue -> one daemon thread -> wandb -> RUN_DIR/wandb, and its server if online
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+from ernie_dist.events.event import (
+    AttemptStarted,
+    CheckpointSaved,
+    Event,
+    Failed,
+    Finished,
+    Stopped,
+)
+from ernie_dist.events.history import read_events
+from ernie_dist.events.scalars import scalars
+from ernie_dist.events.wording import perplexity
+from ernie_dist.spec.run_files import RunFiles
+from ernie_dist.spec.training import WandbSpec
+
+log = logging.getLogger(__name__)
+
+QUEUE_EVENTS = 10_000
+INIT_SECONDS = 20.0
+CLOSE_SECONDS = 30.0
+STOPPED_CLOSE_SECONDS = 5.0
+"""a preempted job has little time before it is killed"""
+EXIT_STOPPED = 75
+
+
+class WandbSink:
+    """Hands events to the thread that talks to wandb.
+
+    All attempts of a run directory are one W&B run, its id kept in `folder`/run_id. Where the server cannot be reached
+    the attempt is kept offline in `folder`, for `wandb sync`. Where wandb is missing, fails or falls behind, events are
+    dropped and counted, and one warning says so.
+    """
+
+    def __init__(
+        self,
+        spec: WandbSpec,
+        folder: Path,
+        job_config: dict[str, Any],
+        run_name: str,
+        *,
+        queue_events: int = QUEUE_EVENTS,
+        init_seconds: float = INIT_SECONDS,
+        close_seconds: float = CLOSE_SECONDS,
+    ) -> None:
+        assert folder.name == "wandb", "wandb itself chooses the last part of the path"
+        self._spec = spec
+        self._folder = folder
+        self._config = job_config
+        self._name = run_name
+        self._init_seconds = init_seconds
+        self._close_seconds = close_seconds
+        self._queue: queue.Queue[Event | None] = queue.Queue(maxsize=queue_events)
+        self._dropped = 0
+        self._broken = False
+        self._exit_code = 0
+        self._next_step = 0
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, Stopped):
+            self._exit_code = EXIT_STOPPED
+            self._close_seconds = min(self._close_seconds, STOPPED_CLOSE_SECONDS)
+        elif isinstance(event, Failed):
+            self._exit_code = 1
+        if self._broken:
+            self._dropped += 1
+            return
+        try:
+            self._queue.put_nowait(event)
+        except queue.Full:
+            self._dropped += 1
+            if self._dropped == 1:
+                log.warning("W&B does not keep up; what it misses is in metrics.jsonl")
+
+    def close(self) -> None:
+        """Waits a bounded time for what is queued to be written or uploaded."""
+        if not self._broken:
+            with contextlib.suppress(queue.Full):
+                self._queue.put(None, timeout=self._close_seconds / 2)
+            self._thread.join(self._close_seconds)
+            if self._thread.is_alive():
+                self._broken = True
+                _leave_service()
+                log.warning("W&B did not finish in %.0f s and is left behind", self._close_seconds)
+        if self._dropped:
+            log.warning("W&B missed %d events; metrics.jsonl and events.jsonl hold them all", self._dropped)
+
+    # ---- in the thread -----------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        # Whatever wandb throws, training goes on: this is the one place that knows it.
+        try:
+            run = self._start()
+            while (event := self._queue.get()) is not None:
+                self._write(run, event)
+            self._finish(run)
+        except ImportError:
+            self._give_up("wandb is not installed (pip install 'ernie_dist[wandb]')")
+        except Exception as error:
+            self._give_up(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            log.debug("W&B", exc_info=True)
+
+    def _give_up(self, reason: str) -> None:
+        if self._broken:  # left behind by close(), which said so
+            return
+        self._broken = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._dropped += self._queue.get_nowait() is not None
+        log.warning("the run goes on without W&B; metrics.jsonl holds everything (%s)", reason)
+
+    def _start(self) -> Any:
+        # Before the import, which reads them. Silent also means that it never asks for a key on the terminal.
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return self._init(wandb, self._spec.mode)
+        except Exception as error:
+            if self._spec.mode == "offline" or self._broken:
+                raise
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            log.warning("W&B cannot be reached, this attempt is kept offline for `wandb sync` (%s)", first)
+            wandb.teardown()  # without it a second init finds the run id in use
+            return self._init(wandb, "offline")
+
+    def _init(self, wandb: Any, mode: str) -> Any:
+        settings = wandb.Settings(
+            console="off",  # the console belongs to ConsoleSink
+            silent=True,
+            init_timeout=self._init_seconds,
+            finish_timeout=self._close_seconds,
+            disable_git=True,
+            save_code=False,
+            stop_fn=_ignore_stop,
+        )
+        run = wandb.init(
+            project=self._spec.project,
+            entity=self._spec.entity,
+            name=self._name,
+            tags=list(self._spec.tags),
+            id=self._run_id(),
+            resume="allow" if mode == "online" else None,  # offline ignores it with a warning; `wandb sync` joins by id
+            mode=mode,
+            dir=str(self._folder.parent),
+            config=self._config,
+            allow_val_change=True,
+            settings=settings,
+        )
+        self._next_step = run.starting_step
+        return run
+
+    def _run_id(self) -> str:
+        """The id of this run directory's W&B run, chosen by the first attempt."""
+        file = self._folder / "run_id"
+        with contextlib.suppress(FileNotFoundError):
+            if known := file.read_text(encoding="utf-8").strip():
+                return known
+        chosen = uuid.uuid4().hex[:8]
+        aside = file.with_suffix(".new")
+        aside.write_text(chosen + "\n", encoding="utf-8")
+        aside.replace(file)
+        return chosen
+
+    def _write(self, run: Any, event: Event) -> None:
+        if points := scalars(event):
+            step = event.step  # type: ignore[attr-defined]  # whatever has points has a step
+            if step >= self._next_step:  # the server has what an earlier attempt sent, and takes no step twice
+                run.log(points, step=step)
+        elif isinstance(event, AttemptStarted):
+            facts = event.to_json()
+            run.config.update({"attempts": {str(facts.pop("attempt")): facts}}, allow_val_change=True)
+        elif isinstance(event, CheckpointSaved):
+            path = RunFiles(self._folder.parent).checkpoints / Path(event.checkpoint).name
+            run.summary.update({"checkpoint/last": str(path), "checkpoint/step": event.step})
+        elif isinstance(event, Finished):
+            run.summary.update({"export": event.export, "finished_step": event.step})
+        elif isinstance(event, Stopped):
+            run.mark_preempting()
+
+    def _finish(self, run: Any) -> None:
+        """The table of evaluations covers all attempts, so it comes from the run's own record."""
+        import wandb
+
+        cells = [cell for cell in read_events(RunFiles(self._folder.parent).events) if cell["event"] == "Evaluated"]
+        rows = [[c["step"], c["stage"], c["source"], c["loss"], perplexity(c["loss"])] for c in cells if c["loss"] is not None]
+        if rows:
+            table = wandb.Table(columns=["step", "stage", "source", "loss", "perplexity"], data=rows)
+            run.summary.update({"eval/table": table})
+        run.finish(exit_code=self._exit_code)
+
+
+def _ignore_stop() -> None:
+    """The web page's stop button would interrupt the main thread between two ranks' collectives."""
+    log.warning("W&B asks to stop the run; observers do not steer: use `ernie stop`")
+
+
+def _leave_service() -> None:
+    """Ends wandb's own process if it hangs: its exit hook would wait for it for ever and keep this process alive."""
+    with contextlib.suppress(Exception):
+        from wandb.sdk import wandb_setup
+
+        # Not through its functions: they wait for a lock that a hanging start holds.
+        connection = wandb_setup._singleton._connection
+        connection._cleanup()
+        connection._proc._process.kill()
