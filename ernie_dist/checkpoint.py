@@ -24,10 +24,11 @@ from ernie_dist.engine.base import Engine
 from ernie_dist.progress import Progress
 from ernie_dist.spec.errors import CheckpointError
 from ernie_dist.spec.resolve import ResolvedJob
+from ernie_dist.spec.run_files import COMPLETE, PROGRESS, complete_checkpoints, read_state
 from ernie_dist.world import World
 
 log = logging.getLogger(__name__)
-_COMPLETE, _MANIFEST, _PROGRESS, _ENGINE = "COMPLETE", "manifest.json", "progress.json", "engine"
+_MANIFEST, _ENGINE = "manifest.json", "engine"
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class CheckpointStore:
 
     def _accept(self, folder: Path) -> Progress:
         """The progress of a verified checkpoint, if it is one of this job and this number of ranks."""
-        state = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+        state = read_state(folder)
         progress = Progress.from_json(state["progress"])
         ours = [stage.fingerprint for stage in self._job.stages]
         for number, (name, theirs) in enumerate(state["stages"]):
@@ -132,9 +133,9 @@ class CheckpointStore:
             "engine": _engine_identity(self._job, self._world),
             "consumed_tokens": self._job.consumed_tokens(progress.batch_index),
         }
-        _write(aside / _PROGRESS, json.dumps(state, indent=1))
-        _write(aside / _MANIFEST, json.dumps({"files": {**files, _PROGRESS: _entry(aside / _PROGRESS)}}, indent=1))
-        _write(aside / _COMPLETE, "")
+        _write(aside / PROGRESS, json.dumps(state, indent=1))
+        _write(aside / _MANIFEST, json.dumps({"files": {**files, PROGRESS: _entry(aside / PROGRESS)}}, indent=1))
+        _write(aside / COMPLETE, "")
         for folder in [*(path for path in aside.rglob("*") if path.is_dir()), aside]:
             _sync_folder(folder)
         if final.exists():
@@ -160,12 +161,6 @@ class CheckpointStore:
         return result
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Committed checkpoints, newest first. Nothing is said yet about their content."""
-    found = [path for path in folder.glob("step_*") if path.suffix == "" and (path / _COMPLETE).is_file()]
-    return sorted(found, key=lambda path: path.name, reverse=True)
-
-
 def verify(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None. Reads every byte of it."""
     try:
@@ -181,11 +176,6 @@ def verify(folder: Path) -> str | None:
         if _digest(path) != entry["blake2b"]:
             return f"{name} differs from what was written"
     return None
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """progress.json of a committed checkpoint."""
-    return json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
 
 
 def engine_folder(folder: Path) -> Path:

@@ -13,7 +13,7 @@ from typing import IO
 
 import torch
 
-from ernie_dist.checkpoint import CheckpointStore, complete_checkpoints
+from ernie_dist.checkpoint import CheckpointStore
 from ernie_dist.data.loader import BatchLoader, load_batches
 from ernie_dist.engine.base import Engine
 from ernie_dist.engine.select import build_engine
@@ -39,7 +39,7 @@ from ernie_dist.schedule import learning_rate
 from ernie_dist.spec.errors import EnvironmentProblem
 from ernie_dist.spec.hardware import peak_flops
 from ernie_dist.spec.resolve import ResolvedJob, ResolvedStage
-from ernie_dist.spec.run_files import RunFiles
+from ernie_dist.spec.run_files import RunFiles, complete_checkpoints
 from ernie_dist.spec.shape import ModelShape
 from ernie_dist.stop import StopRequest
 from ernie_dist.world import World

@@ -13,8 +13,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+COMPLETE, PROGRESS = "COMPLETE", "progress.json"
+"""files of a checkpoint that are read without opening the rest of it"""
 
 
 @dataclass(frozen=True)
@@ -80,3 +85,14 @@ class RunFiles:
     def outcome(self, attempt: int) -> Path:
         """How an attempt ended, where it ended by itself."""
         return self.attempt(attempt) / "outcome.json"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Committed checkpoints, newest first. Nothing is said yet about their content."""
+    found = [path for path in folder.glob("step_*") if path.suffix == "" and (path / COMPLETE).is_file()]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """progress.json of a committed checkpoint: the progress, and the stages begun with their fingerprints."""
+    return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
