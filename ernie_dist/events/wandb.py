@@ -200,8 +200,10 @@ class WandbSink:
         """The table of evaluations covers all attempts, so it comes from the run's own record."""
         import wandb
 
-        cells = [cell for cell in read_events(RunFiles(self._folder.parent).events) if cell["event"] == "Evaluated"]
-        rows = [[c["step"], c["stage"], c["source"], c["loss"], perplexity(c["loss"])] for c in cells if c["loss"] is not None]
+        rows = []
+        for cell in read_events(RunFiles(self._folder.parent).events):
+            if cell["event"] == "Evaluated" and cell["loss"] is not None:
+                rows.append([cell["step"], cell["stage"], cell["source"], cell["loss"], perplexity(cell["loss"])])
         if rows:
             table = wandb.Table(columns=["step", "stage", "source", "loss", "perplexity"], data=rows)
             run.summary.update({"eval/table": table})
