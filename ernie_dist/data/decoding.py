@@ -15,9 +15,10 @@ from ernie_dist.spec.errors import DataError
 
 # In these a line break is always the byte 0x0A, so raw lines can be cut out before they are decoded.
 _LINE_SAFE = {
-    "ascii", "utf-8", "utf-8-sig", "gb18030", "gbk", "gb2312", "big5", "big5hkscs", "cp950", "cp936", "euc_jp", "shift_jis",
-    "cp932", "euc_kr", "cp949", "latin-1", "iso8859-1", "koi8-r", *(f"cp125{digit}" for digit in range(9)),
-}  # fmt: skip
+    *("ascii", "utf-8", "utf-8-sig", "latin-1", "koi8-r", *(f"cp125{digit}" for digit in range(9))),
+    *("gb18030", "gbk", "gb2312", "big5", "big5hkscs", "cp950"),
+    *("euc_jp", "shift_jis", "cp932", "euc_kr", "cp949"),
+}
 
 
 def is_line_safe(encoding: str) -> bool:

@@ -56,8 +56,9 @@ def write_index(
     `manifest` makes the manifest from the counts found here.
     """
     shards = [tokens_folder / f"{number:05d}" for number in range(len(records))]
-    lengths = [map_array(shard / "lengths.bin", "uint32", record.documents) for shard, record in zip(shards, records, strict=True)]
-    digests = [map_array(shard / "digests.bin", "uint64", record.documents) for shard, record in zip(shards, records, strict=True)]
+    sized = list(zip(shards, (record.documents for record in records), strict=True))
+    lengths = [map_array(shard / "lengths.bin", "uint32", count) for shard, count in sized]
+    digests = [map_array(shard / "digests.bin", "uint64", count) for shard, count in sized]
     duplicates = find_duplicates(digests) if source.dedupe else None
 
     aside = folder.with_name(f"{folder.name}.partial")

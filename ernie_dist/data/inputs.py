@@ -1,4 +1,4 @@
-"""SHA-256 of input files, remembered by path, size and time of change, so that an unchanged file is read once."""
+"""The files of a source, and their SHA-256, remembered by size and time of change: an unchanged file is hashed once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,27 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from ernie_dist.spec.errors import DataError
+
+
+@dataclass(frozen=True)
+class Input:
+    """One file of a source, or a whole `datasets` dataset."""
+
+    label: str
+    """as messages name it"""
+    format: str
+    """jsonl, json, csv, tsv, txt, md, parquet or dataset"""
+    files: tuple[Path, ...]
+    """what it is made of on disk, and hashed by"""
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(file.stat().st_size for file in self.files)
 
 
 class HashCache:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ernie_dist.data.decoding import Opened, is_line_safe
+from ernie_dist.data.inputs import Input
 from ernie_dist.spec.curriculum import SourceSpec
 from ernie_dist.spec.errors import DataError
 
@@ -40,23 +41,6 @@ _FORMATS = {
     ".markdown": "md",
     ".parquet": "parquet",
 }
-
-
-@dataclass(frozen=True)
-class Input:
-    """One file of a source, or a whole `datasets` dataset."""
-
-    label: str
-    """as messages name it"""
-    format: str
-    """jsonl, json, csv, tsv, txt, md, parquet or dataset"""
-    files: tuple[Path, ...]
-    """what it is made of on disk, and hashed by"""
-
-    @property
-    def size(self) -> int:
-        """Bytes on disk."""
-        return sum(file.stat().st_size for file in self.files)
 
 
 class Position(NamedTuple):
@@ -126,8 +110,8 @@ def _format(name: str, path: str, source: SourceSpec) -> str:
     ending = Path(re.sub(r"\.(gz|zst)$", "", path)).suffix.lower()
     if ending not in _FORMATS:
         raise DataError(
-            f"sources.{name}.path: {path}: the ending {ending!r} does not tell the format; known: {', '.join(_FORMATS)}, "
-            f"also .gz and .zst of them; or set sources.{name}.format"
+            f"sources.{name}.path: {path}: the ending {ending!r} does not tell the format; known: "
+            f"{', '.join(_FORMATS)}, also .gz and .zst of them; or set sources.{name}.format"
         )
     if ending == ".json":  # many a .json file holds JSON lines
         with Opened(Path(path)) as file:
@@ -218,16 +202,16 @@ def _read_rows(source: SourceSpec, item: Input, start: Position) -> Iterator[tup
     if item.format == "dataset":
         from ernie_dist.data.hub import read_dataset
 
-        for number, row, done in read_dataset(source, start.offset):
-            yield number, Located(start.input, number + 1, row), done
+        for number, value, done in read_dataset(source, start.offset):
+            yield number, Located(start.input, number + 1, value), done
     elif item.format == "parquet":
-        for number, row, done in _parquet(item.files[0], start.offset):
-            yield number, Located(start.input, number + 1, row), done
+        for number, value, done in _parquet(item.files[0], start.offset):
+            yield number, Located(start.input, number + 1, value), done
     else:
         with Opened(item.files[0]) as file:
             rows = _ROWS[item.format](file.text(source.encoding), item.label)
-            for number, (line, row) in enumerate(islice(rows, start.offset, None), start.offset):
-                yield number, Located(start.input, line, row), file.share
+            for number, (line, parsed) in enumerate(islice(rows, start.offset, None), start.offset):
+                yield number, Located(start.input, line, parsed), file.share
 
 
 def _csv(text: io.TextIOBase, label: str, delimiter: str = ",") -> Iterator[tuple[int, dict[str, Any] | Broken]]:
@@ -353,7 +337,7 @@ def _broken_array(label: str, line: int, reason: str) -> DataError:
 _ROWS = {"csv": _csv, "tsv": _tsv, "txt": _txt, "md": _markdown, "json": _json_array}
 
 
-def _parquet(path: Path, skip: int) -> Iterator[tuple[int, dict[str, Any] | Broken, float]]:
+def _parquet(path: Path, skip: int) -> Iterator[tuple[int, dict[str, Any], float]]:
     import pyarrow
     import pyarrow.parquet
 

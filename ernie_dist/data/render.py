@@ -8,15 +8,15 @@ Mask value k at token i: predicting token i counts. 0 not at all, 1 as an answer
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from ernie_dist.data.documents import BadRow, Conversation, Turn
 from ernie_dist.spec.errors import DataError
@@ -62,7 +62,8 @@ class ChatFrame:
                 if joints.setdefault(joint, text) != text:
                     raise _refused(f"what it writes between {joint[0]} and {joint[1]} depends on other turns", rendered)
             prompt = template(messages[:-1], True)
-            if not rendered.startswith(prompt) or not rendered[len(prompt) :].startswith(contents[-1].strip(" ") if strips else contents[-1]):
+            answer = contents[-1].strip() if strips else contents[-1]
+            if not rendered.startswith(prompt + answer):
                 raise _refused("a prompt for generation is not the beginning of the answered conversation", rendered)
         ending = joints["assistant", ""]
         closing = re.match(r"\s*(<[^<>\s]+>|\[[^\[\]\s]+\])", ending)
@@ -132,13 +133,14 @@ class Encoder:
     """Encodes documents of one prepared tokenizer. One per process."""
 
     def __init__(self, tokenizer_json: Path, stop_id: int, frame: ChatFrame | None) -> None:
-        raw = json.loads(tokenizer_json.read_bytes())
-        for token in raw["added_tokens"]:
-            token["special"] = is_control(token)
-        raw["truncation"] = raw["padding"] = None
-        self._tokenizer = Tokenizer.from_str(json.dumps(raw))
+        self._tokenizer = Tokenizer.from_file(str(tokenizer_json))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._stop_id, self._frame = stop_id, frame
-        names = sorted({token["content"] for token in raw["added_tokens"] if token["special"]}, key=len, reverse=True)
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        control = [token for token in added if is_control(token.content, token.special)]
+        self._tokenizer.add_special_tokens([_as_special(token) for token in control if not token.special])
+        names = sorted((token.content for token in control), key=lambda name: (-len(name), name))
         self._control = re.compile("|".join(map(re.escape, names))) if names else None
 
     def check(self, conversation: Sequence[Turn]) -> None:
@@ -152,23 +154,24 @@ class Encoder:
     def encode_text(self, documents: Sequence[str]) -> Encoding:
         """Plain text, each document followed by the stop token. Control tokens written out stay text."""
         self._tokenizer.encode_special_tokens = True
-        if max(map(len, documents), default=0) <= _PART:
-            encodings = self._tokenizer.encode_batch_fast(documents, add_special_tokens=False)
-            ids: list[int] = []
-            lengths = np.empty(len(documents), np.uint32)
-            for number, encoding in enumerate(encodings):
-                ids += encoding.ids
-                ids.append(self._stop_id)
-                lengths[number] = len(encoding) + 1
-            return Encoding(np.array(ids, np.uint32), None, lengths)
-        tokens = [self._encode_long(document) for document in documents]
-        return Encoding(np.concatenate(tokens), None, np.array([len(part) for part in tokens], np.uint32))
+        ids = array("I")
+        lengths = np.empty(len(documents), np.uint32)
+        for number, parts in enumerate(self._encode_batch(documents)):
+            before = len(ids)
+            for part in parts:
+                ids.extend(part.ids)
+            ids.append(self._stop_id)
+            lengths[number] = len(ids) - before
+        return Encoding(np.array(ids, np.uint32), None, lengths)
 
-    def _encode_long(self, document: str) -> np.ndarray:
-        parts = []
-        for part in _parts(document):
-            parts.append(np.array(self._tokenizer.encode(part, add_special_tokens=False).ids, np.uint32))
-        return np.concatenate([*parts, np.array([self._stop_id], np.uint32)])
+    def _encode_batch(self, documents: Sequence[str]) -> Iterator[list[Any]]:
+        """The encodings of each document: one, or several of a long one."""
+        if max(map(len, documents), default=0) <= _PART:
+            for encoding in self._tokenizer.encode_batch_fast(documents, add_special_tokens=False):
+                yield [encoding]
+            return
+        for document in documents:
+            yield [self._tokenizer.encode(part, add_special_tokens=False) for part in _parts(document)]
 
     def encode_conversations(self, conversations: Sequence[Conversation]) -> Encoding:
         """Conversations, as the chat template writes them."""
@@ -183,19 +186,24 @@ class Encoder:
             for text, value in segments:
                 texts.append(text)
                 values.append(value)
-        ids: list[int] = []
+        ids = array("I")
         sizes = np.empty(len(texts), np.int64)
         for number, encoding in enumerate(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)):
-            ids += encoding.ids
+            ids.extend(encoding.ids)
             sizes[number] = len(encoding)
         mask = np.repeat(np.array(values, np.uint8), sizes)
         ends = np.concatenate([[0], np.cumsum(sizes)])[np.concatenate([[0], np.cumsum(counts)])]
         return Encoding(np.array(ids, np.uint32), mask, np.diff(ends).astype(np.uint32))
 
 
-def is_control(token: dict[str, Any]) -> bool:
-    """Whether an entry of tokenizer.json's added_tokens steers the model, rather than being a word of the vocabulary."""
-    return bool(token["special"]) or re.fullmatch(r"<\|[^\s<>]+\|>", token["content"]) is not None
+def is_control(content: str, special: bool) -> bool:
+    """Whether an added token steers the model, rather than being one more word of the vocabulary."""
+    return special or re.fullmatch(r"<\|[^\s<>]+\|>", content) is not None
+
+
+def _as_special(token: AddedToken) -> AddedToken:
+    flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+    return AddedToken(token.content, special=True, **flags)
 
 
 def _parts(text: str) -> Iterable[str]:

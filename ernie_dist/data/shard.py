@@ -31,7 +31,7 @@ FORMAT = 1
 class ShardRecord(Strict):
     """shard.json: one shard, and where in the input the next one starts."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     rows: int
     documents: int
     tokens: int
@@ -59,7 +59,7 @@ class InputRecord(Strict):
 class Manifest(Strict):
     """manifest.json: what a prepared source is and holds."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     name: str
     kind: Literal["text", "chat"]
     fingerprint: str
@@ -99,18 +99,12 @@ class PreparedSource:
         self.folder, self.manifest = folder, manifest
         self.name, self.kind, self.fingerprint = manifest.name, manifest.kind, manifest.fingerprint
         tokens_folder = folder / manifest.tokens_folder
-        shards = [tokens_folder / f"{number:05d}" for number in range(len(manifest.shard_tokens))]
         starts = np.concatenate([[0], np.cumsum(manifest.shard_tokens, dtype=np.int64)])
         self._starts: list[int] = starts.tolist()
-        sizes = manifest.shard_tokens
-        self._tokens = [
-            map_array(shard / "tokens.bin", manifest.token_type, size) for shard, size in zip(shards, sizes, strict=True)
-        ]
-        self._masks = [
-            map_array(shard / "mask.bin", "uint8", size)
-            for shard, size in zip(shards, sizes, strict=True)
-            if manifest.kind == "chat"
-        ]
+        shards = [(tokens_folder / f"{number:05d}", size) for number, size in enumerate(manifest.shard_tokens)]
+        self._tokens = [map_array(shard / "tokens.bin", manifest.token_type, size) for shard, size in shards]
+        masked = shards if manifest.kind == "chat" else []
+        self._masks = [map_array(shard / "mask.bin", "uint8", size) for shard, size in masked]
 
     @classmethod
     def open(cls, folder: Path) -> PreparedSource:
@@ -195,7 +189,9 @@ def map_array(path: Path, dtype: str, count: int) -> np.ndarray:
     expected = count * np.dtype(dtype).itemsize
     actual = path.stat().st_size if path.exists() else 0
     if actual != expected:
-        raise DataError(f"{path}: has {actual:,} bytes, expected {expected:,}; remove its folder and run `ernie prepare`")
+        raise DataError(
+            f"{path}: has {actual:,} bytes, expected {expected:,}; remove its folder and run `ernie prepare`"
+        )
     if count == 0:
         return np.empty(0, dtype)
     # A plain view: slicing np.memmap itself is several times slower.

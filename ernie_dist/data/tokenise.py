@@ -24,7 +24,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ernie_dist.data.documents import BadRow, Document, canonical, document_maker
-from ernie_dist.data.readers import Block, Broken, Input, Position, line_encoding, parse_block, read_blocks
+from ernie_dist.data.inputs import Input
+from ernie_dist.data.readers import Block, Broken, Position, line_encoding, parse_block, read_blocks
 from ernie_dist.data.render import Encoder
 from ernie_dist.data.shard import ShardRecord, read_bad_rows, read_shards
 from ernie_dist.data.split import digest
@@ -71,6 +72,13 @@ class Workers:
             # Never fork: this process may hold threads and locks (tokenizers, pyarrow).
             context = get_context("spawn")
             self._pool = ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=given)
+            # Children inherit the mask: a Ctrl-C while they start would make each of them print a traceback.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                for _ in range(count):
+                    self._pool.submit(os.getpid)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         else:
             _start_encoder(*given)
 
@@ -155,9 +163,7 @@ def encode_block(block: Block, source: SourceSpec, encode: bool) -> Encoded:
     if not encode:
         documents, digests = [], []
     encoding = _encoder.encode_conversations(documents) if is_chat else _encoder.encode_text(documents)
-    return Encoded(
-        rows, encoding.tokens, encoding.mask, encoding.lengths, np.array(digests, np.uint64), bad
-    )
+    return Encoded(rows, encoding.tokens, encoding.mask, encoding.lengths, np.array(digests, np.uint64), bad)
 
 
 def tokenise(
@@ -239,7 +245,8 @@ class _ShardWriter:
         self._final = folder / f"{number:05d}"
         self._aside = folder / f"{number:05d}.partial"
         self._token_type = np.dtype(token_type)
-        self._names = ["tokens.bin", "lengths.bin", "digests.bin", "bad.jsonl", *(["mask.bin"] if kind == "chat" else [])]
+        names = ("tokens.bin", "lengths.bin", "digests.bin", "bad.jsonl", "mask.bin")
+        self._names = names if kind == "chat" else names[:-1]
         self._files: dict[str, BinaryIO] = {}
         self._rows = self._documents = self._tokens = self._bad = 0
         self.size = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ ERNIE_TEMPLATE = """\
     {{- "Assistant: " -}}
 {%- endif -%}
 """
+_TOKENIZER_FILE = re.compile(r"token.*\.(json|model)$|^(vocab|merges|chat_template)\.(json|txt|jinja|model)$")
 _ERNIE_MARKS = ("<|begin_of_sentence|>", "<|end_of_sentence|>")
 _ROLES = {
     "unk_token": "<unk>",
@@ -66,7 +68,8 @@ class PublishedTokenizer:
         if self.frame is None:
             raise DataError(
                 f"sources.{source} holds conversations, and the tokenizer has neither a chat template nor "
-                f"{' and '.join(_ERNIE_MARKS)}; use an instruction model's tokenizer, or put a chat_template.jinja in its folder"
+                f"{' and '.join(_ERNIE_MARKS)}; use an instruction model's tokenizer, or put a chat_template.jinja in "
+                "its folder"
             )
 
 
@@ -77,14 +80,14 @@ def find_tokenizer(given: str) -> tuple[str, list[Path]]:
     """
     path = Path(os.path.expanduser(os.path.expandvars(given)))
     if path.is_dir():
-        endings = (".json", ".model", ".jinja", ".txt", ".vocab")
-        files = sorted(file for file in path.rglob("*") if file.suffix in endings and "token" in file.name or file.name in (
-            "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"))
+        files = sorted(file for file in path.iterdir() if _TOKENIZER_FILE.search(file.name))
         if not files:
-            raise DataError(f"tokenizer: {given}: the folder holds no tokenizer files (tokenizer.json, tokenizer.model ...)")
+            raise DataError(f"tokenizer: {given}: the folder holds no tokenizer.json, tokenizer.model or the like")
         return str(path), files
     if path.exists() or given.startswith((".", "/", "~", "$")) or given.count("/") > 1:
-        raise DataError(f"tokenizer: {given}: no such folder; give a folder with tokenizer files, a hub id, or {{train: ...}}")
+        raise DataError(
+            f"tokenizer: {given}: no such folder; give a folder with tokenizer files, a hub id, or {{train: ...}}"
+        )
     return given, []
 
 
@@ -96,7 +99,9 @@ def publish_pretrained(name: str, root: Path) -> PublishedTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise DataError(f"tokenizer: {name}: cannot be loaded: {reason}; give a folder, a hub id you can reach, or {{train: ...}}") from None
+        raise DataError(
+            f"tokenizer: {name}: cannot be loaded: {reason}; give a folder, a hub id you can reach, or {{train: ...}}"
+        ) from None
     if not tokenizer.is_fast:
         raise DataError(f"tokenizer: {name}: there is no fast version of it; convert it to a tokenizer.json first")
     return _publish(tokenizer, root)
@@ -136,11 +141,13 @@ def load_published(root: Path, fingerprint: str) -> PublishedTokenizer | None:
 
 
 def _publish(tokenizer: Any, root: Path) -> PublishedTokenizer:
-    special = {token["content"]: token["id"] for token in json.loads(tokenizer.backend_tokenizer.to_str())["added_tokens"]}
+    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     if not tokenizer.chat_template and all(mark in special for mark in _ERNIE_MARKS):
         tokenizer.chat_template = ERNIE_TEMPLATE
     if tokenizer.eos_token_id is None:
-        raise DataError("tokenizer: it names no eos_token, so no document would have an end; add one to its tokenizer_config.json")
+        raise DataError(
+            "tokenizer: it names no eos_token, so no document would have an end; add one to its tokenizer_config.json"
+        )
     frame = None
     if tokenizer.chat_template:
         frame = ChatFrame.derive(_template_of(tokenizer), special.__contains__)
@@ -175,7 +182,8 @@ def _template_of(tokenizer: Any) -> Callable[[list[dict[str, str]], bool], str]:
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # a template is a program: it may raise anything
-            raise DataError(f"the tokenizer's chat template fails on {[m['role'] for m in messages]}: {error}") from None
+            roles = ", ".join(message["role"] for message in messages)
+            raise DataError(f"the tokenizer's chat template fails on the turns {roles}: {error}") from None
 
     return render
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from ernie_dist.data.documents import BadRow, canonical, document_maker
-from ernie_dist.data.readers import Broken, Input, line_encoding, parse_block, read_blocks
+from ernie_dist.data.inputs import Input
+from ernie_dist.data.readers import Broken, line_encoding, parse_block, read_blocks
 from ernie_dist.data.split import SPLITS, digest, split_of
 from ernie_dist.spec.curriculum import SourceSpec, SplitSpec
 
