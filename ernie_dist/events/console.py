@@ -162,7 +162,7 @@ class ConsoleSink:
         if isinstance(event, CheckpointRefused):
             return [f"checkpoint {event.checkpoint} is not used: {event.reason}"]
         if isinstance(event, StageStarted):
-            return [f"stage {event.stage}: {event.batches} steps after step {event.step}"]
+            return [f"stage {event.stage} ({event.batches} steps), from step {event.step}"]
         if isinstance(event, CheckpointSaved):
             return [f"checkpoint {event.checkpoint}: {human_bytes(event.bytes)} in {event.seconds:.1f} s"]
         if isinstance(event, Stopped):
