@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ACTIVE := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all check format bench clean
+.PHONY: help install quickstart test test-all check check-style check-types check-layers check-shell format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,11 +44,19 @@ test: $(STAMP) ## the tests that any machine can run
 test-all: $(STAMP) ## also those that start a cluster or a browser
 	$(ACTIVE) $(BIN)/pytest
 
-check: $(STAMP) ## style, types, layers, shell scripts
+check: check-style check-types check-layers check-shell ## style, types, layers, shell scripts (-k: all of them)
+
+check-style: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+check-types: $(STAMP)
 	$(BIN)/mypy
+
+check-layers: $(STAMP)
 	$(BIN)/lint-imports --no-cache --no-logo
+
+check-shell: $(STAMP)
 	$(BIN)/shellcheck $(wildcard .ci/run slurm/*.sbatch)
 
 format: $(STAMP) ## put the code into the one layout, and mend what can be mended
