@@ -86,7 +86,7 @@ def loss_svg(run: RunSummary, *, narrow: bool) -> str:
 
 def line_svg(run: RunSummary, name: str, label: str) -> str:
     """One column of the metrics over tokens, e.g. learning_rate."""
-    with _figure((5.2, 2.5), _SENTINELS, name) as figure:
+    with _figure((3.9, 2.3), _SENTINELS, name) as figure:
         _draw_line(run, figure.add_subplot(), _SENTINELS, name, label)
         return _svg(figure)
 
@@ -95,8 +95,7 @@ def loss_png(run: RunSummary) -> bytes:
     """Loss over tokens with the learning rate below it, on white."""
     with _figure((10.6, 6.2), LIGHT, "png") as figure:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        _draw_loss(run, above, LIGHT, narrow=False)
-        above.set_xlabel("")
+        _draw_loss(run, above, LIGHT, label=False)
         _draw_line(run, below, LIGHT, "learning_rate", "learning rate")
         figure.suptitle(run.job.spec.name, x=0.01, ha="left", fontsize=12, fontweight="bold")
         picture = io.BytesIO()
@@ -104,17 +103,17 @@ def loss_png(run: RunSummary) -> bytes:
         return picture.getvalue()
 
 
-def smooth(values: Sequence[float], window: float) -> np.ndarray:
-    """Exponential moving average over about `window` values, its start corrected (Kingma and Ba 2014, section 3)."""
-    decay = 1 - 1 / max(1.0, window)
-    smoothed = np.empty(len(values))
-    total = weight = 0.0
-    for index, value in enumerate(values):
-        if math.isfinite(value):
-            total = decay * total + (1 - decay) * value
-            weight = decay * weight + (1 - decay)
-        smoothed[index] = total / weight if weight else math.nan
-    return smoothed
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over `window` values around each one, over fewer near the ends so that it never leans to one side."""
+    count = len(values)
+    finite = np.isfinite(values)
+    totals = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    index = np.arange(count)
+    reach = np.minimum(window // 2, np.minimum(index, count - 1 - index))
+    first, end = index - reach, index + reach + 1
+    with np.errstate(invalid="ignore"):  # a window without a finite value is not drawn
+        return (totals[end] - totals[first]) / (counts[end] - counts[first])
 
 
 def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -127,21 +126,24 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndar
     return x[kept], y[kept]
 
 
-def _draw_loss(run: RunSummary, axes: Axes, colours: dict[str, str], *, narrow: bool) -> None:
+def _draw_loss(
+    run: RunSummary, axes: Axes, colours: dict[str, str], *, narrow: bool = False, label: bool = True
+) -> None:
+    """`narrow`: for a phone. `label`: whether the token axis is named here, or by the axes below."""
     scale = Scale.of(run.tokens)
     tokens = _column(run, "consumed_tokens") / scale.divisor
     losses = _column(run, "loss")
     few = len(losses) < 2
     if len(losses):
         # A stage has a loss level of its own: smoothing across a boundary would draw a slope that never was.
-        window = max(1.0, len(losses) / 60)
+        window = max(3, len(losses) // 30)
         stages = [step["stage"] for step in run.metrics]
         starts = [index for index in range(len(stages)) if index == 0 or stages[index] != stages[index - 1]]
         axes.plot(*thin(tokens, losses), color=colours["raw"], linewidth=0.9, marker="o" if few else "", zorder=2)
         for begin, end in zip(starts, [*starts[1:], len(losses)], strict=True):
             part = slice(begin, end)
             axes.plot(
-                *thin(tokens[part], smooth(losses[part].tolist(), window)),
+                *thin(tokens[part], smooth(losses[part], window)),
                 color=colours["train"],
                 linewidth=1.8,
                 marker="o" if few else "",
@@ -165,12 +167,12 @@ def _draw_loss(run: RunSummary, axes: Axes, colours: dict[str, str], *, narrow: 
         axes.set_yscale("log")
     _draw_stages(run, axes, colours, scale, names=True)
     _draw_restarts(run, axes, colours, scale, label=True)
-    axes.set_xlabel(scale.label)
+    axes.set_xlabel(scale.label if label else "")
     axes.set_ylabel("loss (nats per token)")
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         columns = 2 if narrow else min(6, len(labels))
-        below = -0.16 if narrow else -0.15
+        below = (-0.16 if narrow else -0.15) if label else -0.03
         axes.legend(loc="upper left", bbox_to_anchor=(0, below), ncols=columns, frameon=False, borderpad=0)
     if not shown:
         _say(axes, colours, "no step has been made yet")
