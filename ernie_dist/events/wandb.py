@@ -93,11 +93,11 @@ class WandbSink:
         if not self._broken:
             with contextlib.suppress(queue.Full):
                 self._queue.put(None, timeout=self._close_seconds / 2)
-            self._thread.join(self._close_seconds)
-            if self._thread.is_alive():
-                self._broken = True
-                _leave_service()
-                log.warning("W&B did not finish in %.0f s and is left behind", self._close_seconds)
+        self._thread.join(self._close_seconds)
+        if self._thread.is_alive():
+            self._broken = True
+            _leave_service()
+            log.warning("W&B did not finish in %.0f s and is left behind", self._close_seconds)
         if self._dropped:
             log.warning("W&B missed %d events; metrics.jsonl and events.jsonl hold them all", self._dropped)
 
