@@ -1,0 +1,1 @@
+"""Outside the job: validate, plan, get nodes, start the job, look after it. Never imports torch."""

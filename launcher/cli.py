@@ -1,0 +1,88 @@
+"""The `ernie` command. Each verb imports what it needs when it is called, so `ernie --help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+_VERBS = {
+    "plan": "stages, steps, micro-batches, memory and time, before a GPU is touched",
+    "prepare": "tokenise every source once; launch does it too when needed",
+    "launch": "start a job, or go on where the same run directory stopped",
+    "status": "what a run is doing",
+    "logs": "a run's output",
+    "stop": "stop a run at its next step, with a checkpoint",
+    "report": "write report.html and loss_curve.png",
+    "export": "write a transformers directory from a run's checkpoint",
+    "schema": "print the JSON schema of a job, for editors",
+    "quickstart": "train a tiny model on generated data, interrupt it, go on, and show the result",
+}
+_EXAMPLES = """examples:
+  ernie plan three-stage-0.3b --gpus 4xA100-80G
+  ernie launch job.yaml --run-dir runs/law --set curriculum.0.duration="2M tokens"
+  ernie status runs/law
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 finished, 2 wrong job or data, 75 stopped and resumable, 1 crashed."""
+    options = _parser().parse_args(arguments)
+    from launcher import verbs
+    from ernie_dist.spec.errors import ErnieError
+
+    try:
+        return int(getattr(verbs, options.verb)(options) or 0)
+    except ErnieError as error:
+        print(f"ernie: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nernie: interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
+        return 75
+    except BrokenPipeError:  # `ernie logs | head`
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ernie",
+        description="Train ERNIE models through a curriculum, on a laptop or a cluster.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    at = {
+        name: verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        for name, text in _VERBS.items()
+    }
+    for name in ("plan", "prepare", "launch"):
+        at[name].add_argument("job", metavar="JOB", help="a YAML file, or the bare name of a packaged recipe")
+        at[name].add_argument(
+            "--set", action="append", default=[], dest="overrides", metavar="FIELD=VALUE",
+            help='change a field: --set curriculum.0.duration="2M tokens"; may be repeated',
+        )  # fmt: skip
+        at[name].add_argument("--ranks", type=_positive, metavar="N", help="ranks on this one machine")
+    at["plan"].add_argument("--gpus", metavar="NxDEVICE", help="plan for these devices, e.g. 4xA100-80G")
+    at["prepare"].add_argument("--workers", type=_positive, metavar="N", help="processes (default: all cores)")
+    launch = at["launch"]
+    launch.add_argument("--on", choices=["local"], default="local", help="where to run (default: this machine)")
+    launch.add_argument("--run-dir", metavar="DIR", help="default: runs/NAME")
+    launch.add_argument("--workers", type=_positive, metavar="N", help="processes that prepare data (default: all cores)")
+    launch.add_argument("--dry-run", action="store_true", help="show the plan and the command, start nothing")
+    for name in ("status", "logs", "stop", "report", "export"):
+        at[name].add_argument("run_dir", metavar="RUN_DIR")
+    at["logs"].add_argument("-f", "--follow", action="store_true", help="go on printing what is added")
+    at["logs"].add_argument("--rank", type=int, default=0, metavar="R", help="whose log (default: 0)")
+    at["stop"].add_argument("--wait", action="store_true", help="return when the run has stopped")
+    at["export"].add_argument("--to", required=True, metavar="DIR", help="folder to write")
+    at["export"].add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    at["quickstart"].add_argument("--dir", default="quickstart", metavar="DIR", help="folder to work in")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number

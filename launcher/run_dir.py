@@ -1,0 +1,153 @@
+"""The run directory: freeze the job, one folder per attempt, one owner at a time, and what state it is in."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ernie_dist.spec.errors import RunDirError
+from ernie_dist.spec.resolve import ResolvedJob
+from ernie_dist.spec.run_files import RunFiles, complete_checkpoints, read_state
+
+
+class RunDir:
+    """One run's directory, seen from outside the job."""
+
+    def __init__(self, root: Path) -> None:
+        self.files = RunFiles(root.resolve())
+
+    @property
+    def root(self) -> Path:
+        return self.files.root
+
+    def exists(self) -> bool:
+        return self.files.job.is_file()
+
+    def job(self) -> ResolvedJob:
+        """Raises RunDirError if this is no run directory."""
+        return ResolvedJob.read(self.files.job)
+
+    def freeze(self, job: ResolvedJob) -> list[str]:
+        """Writes job.json, or checks that the run may go on as `job` says. Returns what changed since, one line each.
+
+        A run's past cannot be rewritten: raises RunDirError with the differences if a stage already begun differs.
+        """
+        if not self.exists():
+            self._refuse_foreign_files()
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._write_job(job)
+            return []
+        old = self.job()
+        changes = differences(old, job)
+        begun = self.stages_begun()
+        same_past = all(
+            number < len(job.stages) and job.stages[number].fingerprint == old.stages[number].fingerprint
+            for number in range(begun)
+        )
+        if old.spec.name != job.spec.name or not same_past:
+            stages = ", ".join(stage.name for stage in old.stages[:begun]) or "none yet"
+            raise RunDirError(
+                f"{self.root} belongs to another job (stages begun: {stages}). The differences:\n"
+                + "\n".join(f"  {change}" for change in changes)
+                + "\nUndo them to go on, or give another --run-dir to start a new run"
+            )
+        if changes:
+            self._write_job(job)
+        return changes
+
+    def new_attempt(self, **launch: Any) -> int:
+        """Makes the next attempt's folder, with launch.json and a copy of job.json in it. Returns its number."""
+        number = 1 + max((int(path.name) for path in self.files.attempts.glob("[0-9]*")), default=0)
+        folder = self.files.attempt(number)
+        folder.mkdir(parents=True)
+        (folder / "job.json").write_bytes(self.files.job.read_bytes())
+        content = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), **launch}
+        (folder / "launch.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        self.files.stop.unlink(missing_ok=True)
+        return number
+
+    def last_attempt(self) -> int:
+        """Number of the newest attempt, 0 if there is none."""
+        return max((int(path.name) for path in self.files.attempts.glob("[0-9]*")), default=0)
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Holds the run directory, or raises RunDirError if another launch on this host does."""
+        with self._lock() as got:
+            if not got:
+                raise RunDirError(
+                    f"{self.root}: another launch is running in it; watch it with `ernie status {self.root}`, "
+                    f"end it with `ernie stop {self.root}`"
+                )
+            yield
+
+    def is_running(self) -> bool:
+        """Whether a launch on this host holds the directory."""
+        with self._lock() as got:
+            return not got
+
+    def ending(self, attempt: int) -> dict[str, Any] | None:
+        """How an attempt ended, from the files its ranks left: {"exit_code", "message", ...}. None if they left none."""
+        for path in (self.files.error(attempt), self.files.outcome(attempt)):
+            if path.is_file():
+                return json.loads(path.read_text(encoding="utf-8"))
+        return None
+
+    @contextmanager
+    def _lock(self) -> Iterator[bool]:
+        with (self.root / ".lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def stages_begun(self) -> int:
+        """Stages that trained weights or records depend on."""
+        newest = complete_checkpoints(self.files.checkpoints)
+        if newest:
+            return len(read_state(newest[0])["stages"])
+        has_steps = self.files.metrics.is_file() and self.files.metrics.stat().st_size > 0
+        return 1 if has_steps else 0
+
+    def _refuse_foreign_files(self) -> None:
+        strangers = [path.name for path in self.root.iterdir() if path.name != ".lock"] if self.root.is_dir() else []
+        if strangers:
+            raise RunDirError(
+                f"{self.root}: is not empty and no run directory (it holds {', '.join(sorted(strangers)[:3])}); "
+                "give a new or empty folder with --run-dir"
+            )
+
+    def _write_job(self, job: ResolvedJob) -> None:
+        aside = self.files.job.with_suffix(".tmp")
+        job.write(aside)
+        aside.replace(self.files.job)
+
+
+def differences(old: ResolvedJob, new: ResolvedJob) -> list[str]:
+    """Fields of two jobs that differ, as `field: before -> now`."""
+    before, now = (_flat(job.model_dump(mode="json", include={"spec", "tokenizer", "sources"})) for job in (old, new))
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return [f"{key.removeprefix('spec.')}: {_said(before, key)} -> {_said(now, key)}" for key in changed]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {prefix.removesuffix("."): value}
+    flat: dict[str, Any] = {}
+    for key, item in items:
+        flat.update(_flat(item, f"{prefix}{key}."))
+    return flat
+
+
+def _said(flat: dict[str, Any], key: str) -> str:
+    return json.dumps(flat[key], ensure_ascii=False) if key in flat else "(absent)"

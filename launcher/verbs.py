@@ -1,0 +1,127 @@
+"""What each verb of the `ernie` command does. Heavy imports stay inside the verb that needs them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+from ernie_dist.spec.assets import find_asset
+from ernie_dist.spec.errors import RunDirError
+from ernie_dist.spec.job import JobSpec, load_job
+from ernie_dist.spec.run_files import complete_checkpoints
+from launcher.base import STOPPED, Attempt
+from launcher.run_dir import RunDir
+
+
+def plan(options: Namespace) -> None:
+    from launcher.plan import Cluster, describe
+
+    cluster = Cluster.parse(options.gpus) if options.gpus else None
+    job = _load(options, ranks=cluster.count if cluster else options.ranks)
+    print("\n".join(describe(job, cluster)))
+    missing = [pattern for source in job.sources.values() for pattern in source.paths if not _matches(pattern)]
+    if missing:
+        print(f"\nnot there yet: {', '.join(missing)}")
+
+
+def prepare(options: Namespace) -> None:
+    from ernie_dist.data.prepare import prepare as prepare_data
+    from ernie_dist.data.resolve import resolve_prepared
+    from launcher.plan import describe
+
+    job = _load(options, ranks=options.ranks)
+    resolved = resolve_prepared(job, prepare_data(job, workers=options.workers))
+    print("\n".join(describe(job, facts={name: source.packed for name, source in resolved.sources.items()})))
+
+
+def launch(options: Namespace) -> int:
+    from launcher.launch import launch_job
+
+    job = _load(options, ranks=options.ranks)
+    run_dir = RunDir(Path(options.run_dir or f"runs/{job.name}"))
+    return launch_job(job, run_dir, workers=options.workers, dry_run=options.dry_run)
+
+
+def status(options: Namespace) -> None:
+    from launcher.status import describe_run
+
+    print("\n".join(describe_run(_existing(options.run_dir))))
+
+
+def logs(options: Namespace) -> None:
+    run_dir = _existing(options.run_dir)
+    attempt = run_dir.last_attempt()
+    path = run_dir.files.rank_log(attempt, options.rank)
+    if not path.is_file():
+        raise RunDirError(f"{path}: no such log; attempt {attempt} has {run_dir.job().spec.resources.world_size} rank(s)")
+    with path.open("rb") as file:
+        while True:
+            sys.stdout.buffer.write(file.read())
+            sys.stdout.buffer.flush()
+            if not options.follow or (not run_dir.is_running() and run_dir.last_attempt() == attempt):
+                return
+            time.sleep(0.5)
+
+
+def stop(options: Namespace) -> int:
+    run_dir = _existing(options.run_dir)
+    if not run_dir.is_running():
+        print("nothing is running here")
+        return 0
+    run_dir.files.stop.write_text("ernie stop\n", encoding="utf-8")
+    print("asked to stop after this step, with a checkpoint")
+    while options.wait and run_dir.is_running():
+        time.sleep(0.2)
+    return 0
+
+
+def report(options: Namespace) -> None:
+    from ernie_dist.report import build_report
+
+    print(build_report(_existing(options.run_dir).root))
+
+
+def export(options: Namespace) -> None:
+    run_dir = _existing(options.run_dir)
+    checkpoints = complete_checkpoints(run_dir.files.checkpoints)
+    chosen = [path for path in checkpoints if options.step in (None, int(path.name.removeprefix("step_")))]
+    if not chosen:
+        steps = ", ".join(str(int(path.name.removeprefix("step_"))) for path in checkpoints) or "none"
+        raise RunDirError(f"{run_dir.root}: no such checkpoint; there are: {steps}")
+    from ernie_dist.checkpoint import verify
+    from ernie_dist.export.transformers_folder import export_model
+
+    reason = verify(chosen[0])
+    if reason:
+        raise RunDirError(f"{chosen[0]}: cannot be trusted: {reason}; choose another with --step")
+    print(export_model(run_dir.job(), chosen[0], Path(options.to).resolve()))
+
+
+def schema(options: Namespace) -> None:
+    print(json.dumps(JobSpec.model_json_schema(), indent=1))
+
+
+def quickstart(options: Namespace) -> int:
+    from launcher.quickstart import run
+
+    return run(Path(options.dir))
+
+
+def _load(options: Namespace, *, ranks: int | None) -> JobSpec:
+    return load_job(find_asset("recipes", options.job, ".yaml"), options.overrides, ranks=ranks)
+
+
+def _existing(path: str) -> RunDir:
+    run_dir = RunDir(Path(path))
+    if not run_dir.exists():
+        raise RunDirError(f"{path}: is not a run directory (no job.json); `ernie launch` makes one")
+    return run_dir
+
+
+def _matches(pattern: str) -> bool:
+    return any(Path().glob(pattern)) if not Path(pattern).is_absolute() else any(Path("/").glob(pattern[1:]))
