@@ -58,8 +58,7 @@ class Opened:
         stream: Any = io.BufferedReader(inner, 1 << 20) if self.compressed else inner
         if recode:
             self.compressed = True
-            text = io.TextIOWrapper(stream, encoding=recode, errors="ernie_dist.mark", newline="")
-            lines = (line.encode("utf-8", "surrogatepass") for line in text)
+            lines = (line.encode("utf-8", "surrogatepass") for line in self._decode(stream, recode))
             stream = io.BufferedReader(_Chunks(lines), 1 << 20)
         self.stream: BinaryIO = stream
 
@@ -84,7 +83,12 @@ class Opened:
     def text(self, encoding: str) -> io.TextIOWrapper:
         """The whole as text with its line ends kept; what cannot be decoded becomes lone surrogates."""
         encoding = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
-        return io.TextIOWrapper(self.stream, encoding=encoding, errors="ernie_dist.mark", newline="")
+        return self._decode(self.stream, encoding)
+
+    def _decode(self, stream: Any, encoding: str) -> io.TextIOWrapper:
+        # Kept, because a wrapper that is collected closes the file below it.
+        self._text = io.TextIOWrapper(stream, encoding=encoding, errors="ernie_dist.mark", newline="")
+        return self._text
 
     def __enter__(self) -> Opened:
         return self

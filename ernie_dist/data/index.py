@@ -122,9 +122,8 @@ def plan_missing_packs(prepared: PreparedSource, overlong: Overlong, wanted: lis
         try:
             plan_packs(starts, lengths, sequence_length, overlong=policy).save(folder)
         except ValueError as error:
-            raise DataError(
-                f"sources.{prepared.name}: {error}: set sources.{prepared.name}.overlong to truncate or drop"
-            ) from None
+            field = f"sources.{prepared.name}"
+            raise DataError(f"{field}: {error} ({field}.overlong: truncate, or drop)") from None
 
 
 def _write_quarantine(path: Path, shards: list[Path], records: list[ShardRecord]) -> int:

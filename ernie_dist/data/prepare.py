@@ -135,8 +135,8 @@ def _prepare_missing(
             except OSError as error:
                 free = shutil.disk_usage(found.data_dir).free
                 raise EnvironmentProblem(
-                    f"{item.folder.parent}: cannot be written ({error.strerror or error}; {free:,} bytes are free); finished "
-                    "shards are kept: start again once it can"
+                    f"{item.folder.parent}: cannot be written ({error.strerror or error}; {free:,} bytes free); what "
+                    "is finished is kept: start again once it can"
                 ) from None
             progress.finish(item.size)
             log.info(
