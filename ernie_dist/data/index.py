@@ -119,11 +119,17 @@ def plan_missing_packs(prepared: PreparedSource, overlong: Overlong, wanted: lis
         policy: Overlong = "split" if prepared.kind == "text" else overlong
         if policy == "fail" and split != "train":
             policy = "drop"  # held-out conversations are measured on, not learnt from: one too long costs nothing
+        field = f"sources.{prepared.name}"
         try:
-            plan_packs(starts, lengths, sequence_length, overlong=policy).save(folder)
+            packs = plan_packs(starts, lengths, sequence_length, overlong=policy)
         except ValueError as error:
-            field = f"sources.{prepared.name}"
             raise DataError(f"{field}: {error} ({field}.overlong: truncate, or drop)") from None
+        if split == "train" and not len(packs):
+            raise DataError(
+                f"{field}: each of its {len(lengths):,} training documents is longer than {sequence_length} tokens, "
+                f"and {field}.overlong is drop: raise sequence_length, or set it to truncate"
+            )
+        packs.save(folder)
 
 
 def _write_quarantine(path: Path, shards: list[Path], records: list[ShardRecord]) -> int:

@@ -30,6 +30,11 @@ class Input:
         return sum(file.stat().st_size for file in self.files)
 
 
+def unpacked_bytes(file: Path) -> int:
+    """Roughly how many bytes a file has when decompressed."""
+    return file.stat().st_size * (4 if file.suffix in (".gz", ".zst", ".parquet") else 1)
+
+
 class HashCache:
     """Hashes of files, kept in one JSON file. `save` writes what was learnt."""
 

@@ -21,8 +21,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ernie_dist.data import tokenizer
 from ernie_dist.data.index import plan_missing_packs, write_index
+from ernie_dist.data.inputs import unpacked_bytes
 from ernie_dist.data.shard import Manifest, PreparedSource, read_shards
-from ernie_dist.data.survey import PlannedSource, PreparedJob, Survey, differences, prepared_job, survey
+from ernie_dist.data.survey import PlannedSource, PreparedJob, Survey, data_dir_of, differences, prepared_job, survey
 from ernie_dist.data.tokenise import Workers, bad_rows_error, stored_bad_rows, tokenise
 from ernie_dist.data.tokenizer import PublishedTokenizer
 from ernie_dist.data.vocabulary import training_texts
@@ -43,7 +44,7 @@ def prepare(job: JobSpec, *, workers: int | None = None, show_progress: bool = T
     What is done stays done: an interrupted run goes on after its last finished shard, and a run with nothing to do
     takes no time. Raises DataError; what was finished before is kept.
     """
-    data_dir = Path(os.path.expanduser(os.path.expandvars(job.data_dir)))
+    data_dir = data_dir_of(job)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -101,8 +102,7 @@ def _check_disk_space(data_dir: Path, missing: list[PlannedSource], vocab_size: 
             continue
         bytes_per_token = (2 if vocab_size <= 1 << 16 else 4) + (item.source.kind == "chat")
         for record in item.records:
-            is_packed = record.path.endswith((".gz", ".zst", ".parquet"))
-            needed += int(record.bytes * (4 if is_packed else 1) / 2.5) * bytes_per_token
+            needed += int(unpacked_bytes(Path(record.path)) / 2.5) * bytes_per_token
     available = shutil.disk_usage(data_dir).free
     if needed > available:
         names = ", ".join(item.name for item in missing)

@@ -66,12 +66,17 @@ class PlannedSource:
         return sum(record.bytes for record in self.records)
 
 
+def data_dir_of(job: JobSpec) -> Path:
+    """data_dir, absolute: ranks may be started elsewhere."""
+    return Path(os.path.expanduser(os.path.expandvars(job.data_dir))).absolute()
+
+
 class Survey:
     """The inputs of a job, found and hashed once. Raises DataError for missing files and unset variables."""
 
     def __init__(self, job: JobSpec) -> None:
         self.job = job
-        self.data_dir = Path(os.path.expanduser(os.path.expandvars(job.data_dir)))
+        self.data_dir = data_dir_of(job)
         self.hashes = HashCache(self.data_dir / "inputs.json")
         self.inputs = {name: find_inputs(name, source) for name, source in job.sources.items()}
         files = {name: [file for item in items for file in item.files] for name, items in self.inputs.items()}

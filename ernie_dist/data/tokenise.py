@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from ernie_dist.data.documents import BadRow, Document, canonical, document_maker
-from ernie_dist.data.inputs import Input
+from ernie_dist.data.inputs import Input, unpacked_bytes
 from ernie_dist.data.readers import Block, Broken, Position, line_encoding, parse_block, read_blocks
 from ernie_dist.data.render import Encoder
 from ernie_dist.data.shard import ShardRecord, read_bad_rows, read_shards
@@ -35,6 +35,8 @@ from ernie_dist.spec.errors import DataError, EnvironmentProblem
 
 SHARD_BYTES = 1 << 26
 """about so many bytes of input make one shard: what a kill costs at most"""
+_SHARDS = 64
+"""about so many shards at most: of larger sources the shards grow, since a reader keeps a file open for each"""
 REPORTED = 20
 """bad rows that a message lists"""
 
@@ -192,6 +194,7 @@ def tokenise(
     start = Position(*records[-1].end) if records else Position()
     consumed = records[-1].consumed if records else 0
     advance(consumed, 0, 0)
+    shard_bytes = max(SHARD_BYTES, sum(unpacked_bytes(file) for item in inputs for file in item.files) // _SHARDS)
     bad: list[BadLine] = []
     # Once a row is bad nothing more is encoded: the rest is only checked, to list more bad rows at once.
     tasks = ((block, source, not bad) for block in read_blocks(source, inputs, start))
@@ -209,7 +212,7 @@ def tokenise(
             writer.add(block, encoded, inputs)
             end, consumed = block.end, block.consumed
             advance(consumed, encoded.rows, len(encoded.tokens))
-            if writer.size >= SHARD_BYTES:
+            if writer.size >= shard_bytes:
                 records.append(writer.publish(end, consumed, last=False))
                 writer = None
         if bad:

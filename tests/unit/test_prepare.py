@@ -113,7 +113,7 @@ def test_text_and_conversations_end_up_as_documents_splits_and_packs(tmp_path: P
         for length in (256, 512):
             packs = source.packs("train", length)
             assert packs.tokens == source.manifest.splits["train"].tokens
-        assert len(source.packs("validation", 256)) > 0
+        assert len(source.packs("validation", 512)) > 0
         with pytest.raises(DataError, match="not packed to 64"):
             source.packs("train", 64)
     start, length = (int(part[0]) for part in PreparedSource.open(prepared.sources["qa"]).documents("train"))
@@ -309,6 +309,9 @@ def test_what_cannot_be_trained_on_is_refused_with_a_remedy(
     sources = text_and_chat(path)
     with pytest.raises(DataError, match=r"sources\.qa: \d+ of \d+ documents are longer .*overlong: truncate"):
         prepare(job(tmp_path, tokenizer, (64,), **sources))
+    dropped = {**sources["qa"], "overlong": "drop"}
+    with pytest.raises(DataError, match=r"sources\.qa: each of its \d+ .* longer than 8 tokens"):
+        prepare(job(tmp_path, tokenizer, (8,), qa=dropped))
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match=r"sources\.web: no documents to train on \(0 rows"):
         prepare(job(tmp_path, tokenizer, web={"path": str(tmp_path / "empty.jsonl"), "text": "text"}))
