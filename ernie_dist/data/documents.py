@@ -1,7 +1,7 @@
 """A row of a file -> a document: plain text, or the turns of a conversation. Says why a row is none.
 
-    {"ask": ..., "answer": ...} --template--> "..."
-    {"messages": [...]} --layout--> (Turn(system), Turn(user), Turn(assistant), ...)
+{"ask": ..., "answer": ...} --template--> "..."
+{"messages": [...]} --layout--> (Turn(system), Turn(user), Turn(assistant), ...)
 """
 
 from __future__ import annotations

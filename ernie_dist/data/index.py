@@ -1,6 +1,6 @@
 """Shards -> which documents belong to which split, duplicates left out; and the packs of each split.
 
-    lengths, digests of all shards --content hash--> train.starts.bin, train.lengths.bin, validation... + manifest.json
+lengths, digests of all shards --content hash--> train.starts.bin, train.lengths.bin, validation... + manifest.json
 """
 
 from __future__ import annotations
@@ -148,5 +148,3 @@ def _ceil_log2(lengths: np.ndarray) -> np.ndarray:
 
 def _append(file: BinaryIO, values: np.ndarray) -> None:
     file.write(values.tobytes())
-
-

@@ -1,6 +1,6 @@
 """Sources -> tokenised, split and packed data on disk: once, in parallel, resumable. The door to data/ for a job.
 
-    survey: files, hashes, folders --> tokenizer --> tokens-CONTENT/ shards --> FINGERPRINT/ splits --> packs/
+survey: files, hashes, folders --> tokenizer --> tokens-CONTENT/ shards --> FINGERPRINT/ splits --> packs/
 """
 
 from __future__ import annotations

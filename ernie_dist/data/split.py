@@ -1,6 +1,6 @@
 """Which documents are trained on and which are held out: decided by each document's content alone.
 
-    document --blake2b--> uint64 digest --shares--> train | validation | test
+document --blake2b--> uint64 digest --shares--> train | validation | test
 """
 
 from __future__ import annotations

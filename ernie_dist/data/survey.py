@@ -1,7 +1,7 @@
 """A job's inputs as they are now -> fingerprints -> the folders its prepared data is, or will be, in.
 
-    files --sha256--> tokens-CONTENT/ (with the tokenizer and how rows become documents)
-                      FINGERPRINT/    (with split, dedupe, overlong on top)
+files --sha256--> tokens-CONTENT/ (with the tokenizer and how rows become documents)
+                  FINGERPRINT/    (with split, dedupe, overlong on top)
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ class Survey:
         files = {name: [file for item in items for file in item.files] for name, items in self.inputs.items()}
         hashed = self.hashes.hash_all({file: None for several in files.values() for file in several})
         self.records = {
-            name: tuple(
-                InputRecord(path=str(file), bytes=file.stat().st_size, sha256=hashed[file]) for file in several
-            )
+            name: tuple(InputRecord(path=str(file), bytes=file.stat().st_size, sha256=hashed[file]) for file in several)
             for name, several in files.items()
         }
         self._tokenizer_files: list[Path] = []

@@ -1,6 +1,6 @@
 """One source's blocks -> shards on disk, in parallel and in order, resumable after any finished shard.
 
-    read_blocks --bounded queue--> worker processes: rows -> documents -> tokens --in order--> 00000/ 00001/ ...
+read_blocks --bounded queue--> worker processes: rows -> documents -> tokens --in order--> 00000/ 00001/ ...
 """
 
 from __future__ import annotations

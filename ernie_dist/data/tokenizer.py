@@ -1,6 +1,6 @@
 """The job's tokenizer, opened or trained, published as a complete folder that everyone after us loads.
 
-    hub id | folder | {train: ...}  -->  DATA_DIR/tokenizer/FINGERPRINT/{tokenizer.json, tokenizer_config.json, ...}
+hub id | folder | {train: ...}  -->  DATA_DIR/tokenizer/FINGERPRINT/{tokenizer.json, tokenizer_config.json, ...}
 """
 
 from __future__ import annotations

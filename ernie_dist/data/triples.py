@@ -1,6 +1,6 @@
 """Entity, attribute, value -> a sentence, or a question and its answer, in one of several phrasings.
 
-    长江, 全长, 6300公里  ->  "长江的全长是6300公里。"  |  ("请问长江的全长是什么？", "长江的全长是6300公里。")
+长江, 全长, 6300公里  ->  "长江的全长是6300公里。"  |  ("请问长江的全长是什么？", "长江的全长是6300公里。")
 """
 
 from __future__ import annotations

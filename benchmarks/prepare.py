@@ -1,0 +1,246 @@
+"""Preparing a source against a bare batch encode of the same texts on the same cores; and peak memory over its size.
+
+    python -m benchmarks.prepare [--sizes 64 256] [--rounds 3] [--data FOLDER --tokenizer FOLDER]
+
+Every measurement runs in a fresh process, in turns, so that a busy machine disturbs both sides alike. What is timed:
+prepare as a user waits for it (hashing, starting processes, tokenising, splitting, packing) from a published tokenizer;
+of the bare encode only the encoding itself, of texts already in memory by a tokenizer already loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ernie_dist.spec.job import JobSpec, parse_job
+
+GOAL = 0.90
+"""of the bare encode's throughput"""
+BATCH = 1000
+"""documents per call of the bare encode"""
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.phase:
+        print(json.dumps(_PHASES[arguments.phase](arguments)))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+        result = _measure(arguments, Path(scratch))
+    path = Path(__file__).parent / "results" / "prepare.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1, ensure_ascii=False))
+
+
+def _arguments() -> argparse.Namespace:
+    beside = Path(os.environ.get("ERNIE_TEST_DATA") or Path(__file__).resolve().parents[2] / "shared")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--sizes", type=int, nargs=2, default=(64, 256), help="MB of the generated files")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each")
+    parser.add_argument("--data", type=Path, default=beside / "data", help="folder with general.jsonl and law.jsonl")
+    parser.add_argument("--tokenizer", default=str(beside / "tokenizer"), help="folder or hub id")
+    parser.add_argument("--scratch", help="where the generated files go")
+    for name in ("phase", "file", "folder"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    files = {size: _generate(arguments.data, scratch / f"{size}.jsonl", size << 20) for size in arguments.sizes}
+    published = scratch / "published"
+    arguments.tokenizer = _run(arguments, "publish", files[min(files)], published)["folder"]
+    runs: dict[str, list[dict[str, float]]] = {}
+    for _ in range(arguments.rounds):
+        for size, file in files.items():
+            folder = scratch / "prepared"
+            shutil.copytree(published / "tokenizer", folder / "tokenizer")
+            runs.setdefault(f"prepare {size} MB", []).append(_run(arguments, "prepare", file, folder))
+            shutil.rmtree(folder)
+        for phase in ("encode_batch", "encode_batch_fast"):
+            runs.setdefault(phase, []).append(_run(arguments, phase, files[max(files)], scratch))
+    speeds = {name: [run["tokens"] / run["seconds"] for run in several] for name, several in runs.items()}
+    speed = {name: statistics.median(several) for name, several in speeds.items()}
+    small, large = (f"prepare {size} MB" for size in sorted(files))
+    return {
+        "tokens_per_second": {name: round(value) for name, value in speed.items()},
+        "ratio_to_encode_batch": round(speed[large] / speed["encode_batch"], 3),
+        "ratio_to_encode_batch_fast": round(speed[large] / speed["encode_batch_fast"], 3),
+        "goal": GOAL,
+        "peak_memory_mb": {
+            f"{name} ({what})": round(max(run[what] for run in runs[name]) / 1e6)
+            for name in (small, large)
+            for what in ("parent_bytes", "all_processes_bytes")
+        },
+        "seconds": {name: [round(run["seconds"], 2) for run in several] for name, several in runs.items()},
+        "data": "sentences of poems and statutes" if (arguments.data / "law.jsonl").exists() else "generated words",
+        "machine": {
+            "cpu": _cpu(),
+            "cores": len(os.sched_getaffinity(0)),
+            "load_average": round(os.getloadavg()[0], 1),
+            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("tokenizers", "numpy")}},
+    }
+
+
+def _generate(data: Path, path: Path, size: int) -> Path:
+    """Documents of random sentences, the same in every run."""
+    rng = random.Random(17)
+    sentences = [f"第{n}条　" + "".join(rng.choices("天地玄黃宇宙洪荒日月", k=20)) for n in range(10_000)]
+    if (data / "law.jsonl").exists():
+        texts = [text for name in ("general", "law") for text in _texts(data / f"{name}.jsonl")]
+        sentences = [sentence for text in texts for sentence in text.split("\n") if sentence.strip()]
+    written = 0
+    with path.open("wb") as file:
+        while written < size:
+            text = "\n".join(rng.choices(sentences, k=rng.randint(2, 40)))
+            written += file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+    return path
+
+
+def _texts(path: Path) -> Iterator[str]:
+    with path.open("rb") as lines:
+        for line in lines:
+            yield json.loads(line)["text"]
+
+
+def _run(arguments: argparse.Namespace, phase: str, file: Path, folder: Path) -> dict[str, Any]:
+    """One measurement in its own process, with the peak memory of it and of all its children together."""
+    own = ["--phase", phase, "--file", str(file), "--folder", str(folder), "--tokenizer", arguments.tokenizer]
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks.prepare", *own], stdout=subprocess.PIPE, text=True)
+    peak = {"parent_bytes": 0, "all_processes_bytes": 0}
+
+    def watch() -> None:
+        while process.poll() is None:
+            sizes = [_resident(number) for number in _family(process.pid)]  # pages they share count for each
+            peak["parent_bytes"] = max(peak["parent_bytes"], sizes[0])
+            peak["all_processes_bytes"] = max(peak["all_processes_bytes"], sum(sizes))
+            time.sleep(0.05)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    output, _ = process.communicate()
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(f"{phase} failed")
+    result = {**json.loads(output.splitlines()[-1]), **peak}
+    print(phase, file.name, {key: round(value, 2) for key, value in result.items() if key != "folder"}, file=sys.stderr)
+    return result
+
+
+def _family(process: int) -> Iterator[int]:
+    yield process
+    for children in Path(f"/proc/{process}/task").glob("*/children"):
+        try:
+            numbers = children.read_text().split()
+        except OSError:
+            continue
+        for number in numbers:
+            yield from _family(int(number))
+
+
+def _resident(process: int) -> int:
+    try:
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def _publish(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The tokenizer, and the note by which a later prepare finds it."""
+    from ernie_dist.data.survey import Survey
+    from ernie_dist.data.tokenizer import publish_pretrained, train_and_publish
+
+    root = Path(arguments.folder) / "tokenizer"
+    root.mkdir(parents=True)
+    if Path(arguments.tokenizer).is_dir():
+        published = publish_pretrained(arguments.tokenizer, root)
+    else:
+        published = train_and_publish(itertools.islice(_texts(Path(arguments.file)), 20_000), 30_000, root)
+    arguments.tokenizer = str(published.folder)
+    Survey(_job(arguments)).note_tokenizer(published)
+    return {"folder": arguments.tokenizer}
+
+
+def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
+    from ernie_dist.data.prepare import prepare
+    from ernie_dist.data.shard import PreparedSource
+
+    began = time.perf_counter()
+    prepared = prepare(_job(arguments), workers=len(os.sched_getaffinity(0)), show_progress=False)
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "tokens": PreparedSource.open(prepared.sources["web"]).manifest.tokens}
+
+
+def _job(arguments: argparse.Namespace) -> JobSpec:
+    stage = {"name": "s", "duration": "1 epochs", "sequence_length": 4096, "mixture": {"web": 1}}
+    raw = {
+        "name": "benchmark",
+        "model": {"preset": "ernie-4.5-tiny"},
+        "tokenizer": arguments.tokenizer,
+        "tokens_per_batch": 4096,
+        "sources": {"web": {"path": arguments.file, "text": "text"}},
+        "curriculum": [stage],
+        "schedule": {"kind": "constant", "peak": 1e-3},
+        "data_dir": arguments.folder,
+    }
+    return parse_job(raw, "benchmark")
+
+
+def _encode_batch(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The bare `encode_batch`; nothing is done with what it returns but counting the tokens."""
+    return _encode(arguments, fast=False)
+
+
+def _encode_batch_fast(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`encode_batch_fast`, which leaves out offsets, and taking the ids out of what it returns."""
+    return _encode(arguments, fast=True)
+
+
+def _encode(arguments: argparse.Namespace, *, fast: bool) -> dict[str, Any]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(Path(arguments.tokenizer) / "tokenizer.json"))
+    texts = list(_texts(Path(arguments.file)))
+    began, tokens = time.perf_counter(), 0
+    for first in range(0, len(texts), BATCH):
+        batch = texts[first : first + BATCH]
+        if fast:
+            encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            tokens += sum(len(encoding.ids) for encoding in encodings)
+        else:
+            tokens += sum(len(encoding) for encoding in tokenizer.encode_batch(batch, add_special_tokens=False))
+    return {"seconds": time.perf_counter() - began, "tokens": tokens}
+
+
+_PHASES = {
+    "publish": _publish,
+    "prepare": _prepare,
+    "encode_batch": _encode_batch,
+    "encode_batch_fast": _encode_batch_fast,
+}
+
+if __name__ == "__main__":
+    main()
