@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from ernie_dist.spec.errors import ErnieError
+from ernie_dist.spec.orphan import die_with_parent
 from ernie_dist.spec.run_files import RunFiles
 
 STOPPED = 75
@@ -23,6 +24,7 @@ STOPPED = 75
 
 def main() -> int:
     files, attempt, rank = RunFiles(Path(sys.argv[1])), int(sys.argv[2]), int(os.environ.get("RANK", 0))
+    die_with_parent()
     console = _take_over_output(files.rank_log(attempt, rank))
     try:
         from ernie_dist.train import train  # torch and the rest: their messages belong in the rank's log

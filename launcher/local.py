@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from ernie_dist.spec.orphan import die_with_parent
 from launcher.base import CRASHED, Attempt
 from launcher.node import Nodes, node_command, node_environment
 from launcher.run_dir import RunDir
@@ -23,7 +24,7 @@ class LocalLauncher:
 
     def render(self, attempt: Attempt) -> str:
         ranks = attempt.resources.gpus_per_node
-        variables = "\n".join(f"export {name}={value}" for name, value in node_environment(ranks).items())
+        variables = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in node_environment(ranks).items())
         command = shlex.join(node_command(attempt.run_dir, attempt.number, Nodes(1, ranks)))
         return f"#!/usr/bin/env bash\nset -euo pipefail\n{variables}\nexec {command}\n"
 
@@ -39,7 +40,9 @@ class LocalLauncher:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
+            run_dir.files.process(attempt.number).write_text(f"{process.pid}\n", encoding="utf-8")
             with _signals(_Interrupt(run_dir, process).on_signal):
                 process.wait()
         ending = run_dir.ending(attempt.number)

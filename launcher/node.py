@@ -34,6 +34,8 @@ def node_environment(ranks_per_node: int) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // ranks_per_node)
     return {
         "OMP_NUM_THREADS": str(threads),
+        # torch finds the ninja of our environment only by its name
+        "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",

@@ -78,6 +78,10 @@ class RunFiles:
     def rank_log(self, attempt: int, rank: int) -> Path:
         return self.attempt(attempt) / f"rank_{rank:05d}.log"
 
+    def process(self, attempt: int) -> Path:
+        """Process group of an attempt on this machine."""
+        return self.attempt(attempt) / "process"
+
     def error(self, attempt: int) -> Path:
         """What the first rank that failed left behind."""
         return self.attempt(attempt) / "error.json"
