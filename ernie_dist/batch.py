@@ -1,6 +1,6 @@
 """What one rank feeds its engine for one optimizer step.
 
-    global batch --dealt to ranks--> Batch --cut--> MicroBatch [B, T] --one forward pass
+global batch --dealt to ranks--> Batch --cut--> MicroBatch [B, T] --one forward pass
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ IGNORED = -100
 
 
 Row = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""One packed sequence: tokens, labels, positions int64 [T], and its documents' lengths int64 [documents], padding last"""
+"""a packed sequence: tokens, labels, positions int64 [T]; lengths of its documents int64 [documents], padding last"""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Save, verify, find, restore, prune: the one place that knows when a checkpoint is complete.
 
-    step_00000120.tmp/  engine/...         all ranks write
-                        progress.json      where the run is, and which stages it has begun
-                        manifest.json      size and hash of every file
-                        COMPLETE           last
-    step_00000120/                         the same folder, renamed
+step_00000120.tmp/  engine/...         all ranks write
+                    progress.json      where the run is, and which stages it has begun
+                    manifest.json      size and hash of every file
+                    COMPLETE           last
+step_00000120/                         the same folder, renamed
 """
 
 from __future__ import annotations
@@ -108,14 +108,14 @@ class CheckpointStore:
             if number >= len(ours) or ours[number] != theirs:
                 raise CheckpointError(
                     f"{folder}: stage {number} ({name}) was begun under another description (fingerprint {theirs}, now "
-                    f"{ours[number] if number < len(ours) else 'absent'}); a run's past cannot be rewritten: restore the "
-                    "job's earlier text, or start a new run directory"
+                    f"{ours[number] if number < len(ours) else 'absent'}); a run's past cannot be rewritten: "
+                    "restore the job's earlier text, or start a new run directory"
                 )
         engine = _engine_identity(self._job, self._world)
         if state["engine"] != engine:
             raise CheckpointError(
-                f"{folder}: was saved with {state['engine']}, this attempt has {engine}; go on with the same engine and "
-                "number of ranks (--ranks)"
+                f"{folder}: was saved with {state['engine']}, this attempt has {engine}; go on with the same "
+                "engine and number of ranks (--ranks)"
             )
         return progress
 

@@ -1,7 +1,7 @@
 """Learning rate as a pure function of the job and of Progress.
 
-    wsd (Hu et al. 2024, arXiv:2404.06395): linear warmup, stable at the peak, then a decay to the minimum along
-    1 - sqrt (Haegele et al. 2024, arXiv:2405.18392).
+wsd (Hu et al. 2024, arXiv:2404.06395): linear warmup, stable at the peak, then a decay to the minimum along
+1 - sqrt (Haegele et al. 2024, arXiv:2405.18392).
 """
 
 from __future__ import annotations

@@ -112,9 +112,7 @@ def train(run_dir: Path, attempt: int, world: World, console: IO[str]) -> bool:
 
 def _build_engine(job: ResolvedJob, world: World) -> Engine:
     spec = job.spec
-    build = partial(
-        build_model, spec.model, job.tokenizer.vocab_size, spec.seed, spec.engine.gradient_checkpointing
-    )
+    build = partial(build_model, spec.model, job.tokenizer.vocab_size, spec.seed, spec.engine.gradient_checkpointing)
     freezes = list(dict.fromkeys(stage.freeze for stage in job.stages if stage.freeze))
     pretrained = spec.model.from_pretrained is not None
     return build_engine(spec.engine, spec.optimizer, freezes, build, summed_loss, world, pretrained=pretrained)
@@ -158,7 +156,8 @@ def _refuse_full_disk(files: RunFiles, job: ResolvedJob, engine: Engine) -> None
     if free < needed:
         raise EnvironmentProblem(
             f"{files.root}: {free:,} bytes are free, checkpoints of {size:,} bytes need {needed:,} "
-            f"(keep_last {job.spec.checkpoint.keep_last}, and one being written); free space or lower checkpoint.keep_last"
+            f"(keep_last {job.spec.checkpoint.keep_last}, and one being written); free space or lower "
+            "checkpoint.keep_last"
         )
 
 
@@ -203,5 +202,3 @@ class _Meter:
 
     def resume(self) -> None:
         self._since = time.perf_counter()
-
-

@@ -28,8 +28,8 @@ _EXAMPLES = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 finished, 2 wrong job or data, 75 stopped and resumable, 1 crashed."""
     options = _parser().parse_args(arguments)
-    from launcher import verbs
     from ernie_dist.spec.errors import ErnieError
+    from launcher import verbs
 
     try:
         return int(getattr(verbs, options.verb)(options) or 0)
@@ -68,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     launch = at["launch"]
     launch.add_argument("--on", choices=["local"], default="local", help="where to run (default: this machine)")
     launch.add_argument("--run-dir", metavar="DIR", help="default: runs/NAME")
-    launch.add_argument("--workers", type=_positive, metavar="N", help="processes that prepare data (default: all cores)")
+    launch.add_argument(
+        "--workers", type=_positive, metavar="N", help="processes that prepare data (default: all cores)"
+    )
     launch.add_argument("--dry-run", action="store_true", help="show the plan and the command, start nothing")
     for name in ("status", "logs", "stop", "report", "export"):
         at[name].add_argument("run_dir", metavar="RUN_DIR")

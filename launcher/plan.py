@@ -69,10 +69,8 @@ def estimate_memory(job: JobSpec, stage: StageSpec, shape: ModelShape, ranks: in
     parameters, width = shape.parameters, 2 if half else 4
     micro = job.batch_plan(stage, ranks).micro_batch_size * stage.sequence_length
     layer = 17 * width * micro * shape.hidden_size
-    kept = 1 if job.engine.gradient_checkpointing == "none" else 0
     every = job.engine.gradient_checkpointing
-    if isinstance(every, int):
-        kept = 1 - 1 / every
+    kept = 1.0 if every == "none" else 0.0 if every == "full" else 1 - 1 / int(every)
     boundary = width * micro * shape.hidden_size
     return Memory(
         weights=width * parameters / (ranks if zero == 3 else 1),
@@ -88,7 +86,10 @@ def describe(job: JobSpec, cluster: Cluster | None = None, facts: Facts | None =
     ranks = cluster.count if cluster else job.resources.world_size
     values = config_values(job.model, _vocabulary(job))
     shape = ModelShape.from_config(values) if values else None
-    lines = [f"job        {job.name}, {len(job.curriculum)} stage(s), {ranks} rank(s)" + (f" on {cluster.name}" if cluster else "")]
+    lines = [
+        f"job        {job.name}, {len(job.curriculum)} stage(s), {ranks} rank(s)"
+        + (f" on {cluster.name}" if cluster else "")
+    ]
     lines += [_model_line(job, shape), _engine_line(job), "", *_stage_table(job, ranks, facts)]
     if facts:
         lines += ["", *_pass_lines(job, facts)]
@@ -164,7 +165,8 @@ def _pass_lines(job: JobSpec, facts: Facts) -> list[str]:
 def _memory_lines(job: JobSpec, shape: ModelShape, ranks: int, cluster: Cluster | None) -> list[str]:
     worst = max((estimate_memory(job, stage, shape, ranks) for stage in job.curriculum), key=lambda one: one.total)
     parts = ", ".join(
-        f"{name} {_size(getattr(worst, name))}" for name in ("weights", "gradients", "optimizer", "activations", "logits")
+        f"{name} {_size(getattr(worst, name))}"
+        for name in ("weights", "gradients", "optimizer", "activations", "logits")
     )
     lines = [f"memory     about {_size(worst.total)} per rank at the longest stage, estimated: {parts}"]
     if cluster and cluster.device:
@@ -191,7 +193,7 @@ def _time_lines(job: JobSpec, shape: ModelShape, cluster: Cluster, facts: Facts 
 
 
 def duration(seconds: float) -> str:
-    """"3 d 4 h", "12 min", "40 s"."""
+    """ "3 d 4 h", "12 min", "40 s"."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
             smaller = {"d": ("h", 3600), "h": ("min", 60)}.get(unit)

@@ -104,9 +104,8 @@ def _show(files: RunFiles, rows: list[dict[str, str]]) -> bool:
         question = row["question"].removeprefix("User: ").removesuffix("Assistant:").strip()
         print(f"\n  {question}\n    before: {row['before'][:40]}\n    after:  {row['after']}")
     right = {when: sum(row[when] == row["reference"] for row in rows) / len(rows) for when in ("before", "after")}
-    print(
-        f"\n{len(rows)} questions it was trained on: {right['before']:.1%} right before training, {right['after']:.1%} after"
-    )
+    print(f"\n{len(rows)} questions it was trained on, answered right: ", end="")
+    print(f"{right['before']:.1%} before training, {right['after']:.1%} after")
     print(f"\nmodel   {files.export}\nreport  {files.report}\nW&B     {files.wandb}")
     return same and right["after"] >= _ENOUGH
 

@@ -94,7 +94,7 @@ class RunDir:
             return not got
 
     def ending(self, attempt: int) -> dict[str, Any] | None:
-        """How an attempt ended, from the files its ranks left: {"exit_code", "message", ...}. None if they left none."""
+        """How an attempt ended, by the files its ranks left: {"exit_code", "message", ...}; None if they left none."""
         for path in (self.files.error(attempt), self.files.outcome(attempt)):
             if path.is_file():
                 return json.loads(path.read_text(encoding="utf-8"))

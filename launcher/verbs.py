@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -14,7 +12,6 @@ from ernie_dist.spec.assets import find_asset
 from ernie_dist.spec.errors import RunDirError
 from ernie_dist.spec.job import JobSpec, load_job
 from ernie_dist.spec.run_files import complete_checkpoints
-from launcher.base import STOPPED, Attempt
 from launcher.run_dir import RunDir
 
 
@@ -58,7 +55,9 @@ def logs(options: Namespace) -> None:
     attempt = run_dir.last_attempt()
     path = run_dir.files.rank_log(attempt, options.rank)
     if not path.is_file():
-        raise RunDirError(f"{path}: no such log; attempt {attempt} has {run_dir.job().spec.resources.world_size} rank(s)")
+        raise RunDirError(
+            f"{path}: no such log; attempt {attempt} has {run_dir.job().spec.resources.world_size} rank(s)"
+        )
     with path.open("rb") as file:
         while True:
             sys.stdout.buffer.write(file.read())

@@ -1,6 +1,6 @@
 """This rank's part of each batch, prefetched by one thread.
 
-    sequence ids --pack plan--> pieces --token files--> rows [T] --stack--> MicroBatch [B, T]
+sequence ids --pack plan--> pieces --token files--> rows [T] --stack--> MicroBatch [B, T]
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ class SequenceReader:
         return len(self.packs)
 
     def row(self, sequence: int) -> Row:
-        """One packed sequence. What is left over at the end is padding: token 0, no label, and a document of its own.
-        """
+        """One packed sequence. What is left at the end is padding: token 0, no label, and a document of its own."""
         length = self.packs.sequence_length
         tokens, positions = np.zeros(length, np.int64), np.empty(length, np.int64)
         labels = np.full(length, IGNORED, np.int64)

@@ -67,5 +67,5 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _refuse_unmatched(names: list[str], freezes: Sequence[Sequence[str]]) -> None:
     for pattern in {pattern for patterns in freezes for pattern in patterns}:
         if not any(fnmatchcase(name, pattern) for name in names):
-            shown = ", ".join(names[:4] + ["..."] + names[-2:])
+            shown = ", ".join([*names[:4], "...", *names[-2:]])
             raise SpecError(f'freeze pattern "{pattern}" matches no parameter; names are like {shown}')

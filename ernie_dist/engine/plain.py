@@ -37,7 +37,9 @@ class PlainEngine:
         pretrained: bool,
     ) -> None:
         if precision == "fp16":
-            raise SpecError('engine.precision = "fp16": the plain engine has no loss scaling; use bf16, fp32 or deepspeed')
+            raise SpecError(
+                'engine.precision = "fp16": the plain engine has no loss scaling; use bf16, fp32 or deepspeed'
+            )
         self._device, self._precision, self._loss = world.device, precision, loss
         self._max_grad_norm = spec.max_grad_norm
         self.model = build().to(self._device)

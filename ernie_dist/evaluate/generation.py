@@ -1,6 +1,6 @@
 """Greedy answers of a run's model, before and after training, to the questions it was trained on.
 
-    python -m ernie_dist.evaluate.generation RUN_DIR --source qa --to answers.json
+python -m ernie_dist.evaluate.generation RUN_DIR --source qa --to answers.json
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def answers(
     return texts
 
 
-def before_and_after(run_dir: Path, source: str, *, limit: int | None = None, max_new_tokens: int = 64) -> list[Answered]:
+def before_and_after(
+    run_dir: Path, source: str, *, limit: int | None = None, max_new_tokens: int = 64
+) -> list[Answered]:
     """Answers of the exported model, loaded as any transformers user would, beside those of the model at step 0."""
     files = RunFiles(run_dir)
     job = ResolvedJob.read(files.job)
@@ -108,9 +110,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--to", type=Path, required=True)
     options = parser.parse_args()
-    rows = before_and_after(
-        options.run_dir, options.source, limit=options.limit, max_new_tokens=options.max_new_tokens
-    )
+    rows = before_and_after(options.run_dir, options.source, limit=options.limit, max_new_tokens=options.max_new_tokens)
     options.to.write_text(json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=1), encoding="utf-8")
 
 

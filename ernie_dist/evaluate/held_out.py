@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class HeldOut:
         """Every n-th sequence, in equally many micro-batches on all ranks: under ZeRO-3 each one is a collective."""
         count = min(self._limit, len(reader))
         mine = range(self._world.rank, count, self._world.size)
-        rounds = -(-(-(-count // self._world.size)) // self._size)
+        rounds = math.ceil(math.ceil(count / self._world.size) / self._size)
         for number in range(rounds):
             numbers = mine[number * self._size : (number + 1) * self._size]
             yield stack([reader.row(i) for i in numbers]) if numbers else empty_micro_batch(self._length)

@@ -1,6 +1,6 @@
 """Reads the record of a run back, and compares what two attempts did at the same step.
 
-    metrics.jsonl -> [step, ...]   events.jsonl -> [event, ...]   steps replayed after a resume -> [Replayed, ...]
+metrics.jsonl -> [step, ...]   events.jsonl -> [event, ...]   steps replayed after a resume -> [Replayed, ...]
 """
 
 from __future__ import annotations

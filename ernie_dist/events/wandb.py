@@ -1,6 +1,6 @@
 """The only importer of wandb. Weights & Biases sees a copy of the run, and can neither stop it nor slow it down.
 
-    handle(event) -> bounded queue -> one daemon thread -> wandb -> RUN_DIR/wandb, and its server if online
+handle(event) -> bounded queue -> one daemon thread -> wandb -> RUN_DIR/wandb, and its server if online
 """
 
 from __future__ import annotations

@@ -42,5 +42,3 @@ def export_model(job: ResolvedJob, checkpoint: Path | None, to: Path) -> Path:
     shutil.rmtree(to, ignore_errors=True)
     aside.rename(to)
     return to
-
-

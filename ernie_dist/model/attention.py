@@ -1,6 +1,6 @@
-"""Causal attention that never crosses a document: one function, two implementations, no mask for the caller to get wrong.
+"""Causal attention that never crosses a document: one function, two implementations, no mask to get wrong.
 
-    q [B, H, T, D], k and v [B, KV, T, D], document_ends [documents + 1] over the flattened B*T positions
+q [B, H, T, D], k and v [B, KV, T, D], document_ends [documents + 1] over the flattened B*T positions
 """
 
 from __future__ import annotations

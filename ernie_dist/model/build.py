@@ -14,7 +14,11 @@ from ernie_dist.spec.training import ModelSpec
 
 
 def build_model(
-    spec: ModelSpec, vocab_size: int, seed: int, checkpointing: str | int = "none", attn_implementation: str = attention.NAME
+    spec: ModelSpec,
+    vocab_size: int,
+    seed: int,
+    checkpointing: str | int = "none",
+    attn_implementation: str = attention.NAME,
 ) -> PreTrainedModel:
     """A model in fp32, the same weights on every rank. `checkpointing`: none, full, or n for every n-th layer.
 
@@ -34,7 +38,9 @@ def build_model(
         raise SpecError(f"model {origin}: cannot be built: {str(error).strip().splitlines()[0]}") from error
     rows = model.get_input_embeddings().num_embeddings
     if rows < vocab_size:
-        raise SpecError(f"model has {rows:,} embedding rows, the tokenizer {vocab_size:,} tokens; they do not belong together")
+        raise SpecError(
+            f"model has {rows:,} embedding rows, the tokenizer {vocab_size:,} tokens; they do not belong together"
+        )
     _checkpoint_layers(model, checkpointing)
     return model
 

@@ -11,7 +11,7 @@ from ernie_dist.model.attention import documents_of
 
 
 def summed_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Sum over labelled positions of -log p(label), fp32, in nats. Zero, but still part of the graph, where there are none."""
+    """Sum over labelled positions of -log p(label), fp32, in nats; where there are none, a zero that has gradients."""
     rows, length = batch.tokens_BT.shape
     dtype = next(model.parameters()).dtype
     hidden_BTD = model.model(

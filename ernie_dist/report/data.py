@@ -1,6 +1,6 @@
 """The facts of a run, collected from its directory: what the page and the pictures show, and nothing drawn yet.
 
-    job.json + metrics.jsonl + events.jsonl + manifests of the sources -> RunSummary
+job.json + metrics.jsonl + events.jsonl + manifests of the sources -> RunSummary
 """
 
 from __future__ import annotations

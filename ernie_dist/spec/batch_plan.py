@@ -1,6 +1,6 @@
 """tokens_per_batch <-> micro-batches and accumulation. Refuses what does not divide; never rounds.
 
-    tokens_per_batch = sequence_length x micro_batch_size x gradient_accumulation_steps x data_parallel_size
+tokens_per_batch = sequence_length x micro_batch_size x gradient_accumulation_steps x data_parallel_size
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def solve(tokens_per_batch: int, sequence_length: int, micro_batch_size: int, wo
         below, above = _around(tokens_per_batch, sequence_length * world_size)
         ranks = ", ".join(str(count) for count in _divisors(sequences) if count <= 4 * world_size)
         raise ValueError(
-            f"a batch of {sequences:,} sequences ({tokens_per_batch:,} tokens / {sequence_length:,}) cannot be dealt to "
-            f"{world_size} ranks; use {ranks} ranks, or tokens_per_batch {below}{above:,}"
+            f"a batch of {sequences:,} sequences ({tokens_per_batch:,} tokens / {sequence_length:,}) "
+            f"cannot be dealt to {world_size} ranks; use {ranks} ranks, or tokens_per_batch {below}{above:,}"
         )
     per_rank = sequences // world_size
     micro = min(micro_batch_size, per_rank)

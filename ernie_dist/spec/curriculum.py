@@ -97,7 +97,9 @@ class SourceSpec(Strict):
         given = [name for name in ("text", "prompt", "conversation", "triples") if getattr(self, name) is not None]
         if len(given) != 1:
             said = " and ".join(given) if given else "none of them"
-            raise ValueError(f"say how a row becomes a document by one of text, prompt + response, conversation, triples; got {said}")
+            raise ValueError(
+                f"say how a row becomes a document by one of text, prompt + response, conversation, triples; got {said}"
+            )
         if self.system is not None and self.prompt is None:
             raise ValueError("system goes with prompt and response; other layouts carry it in their rows")
         return self

@@ -21,7 +21,8 @@ _FROM_THE_JOB = {
     "tensorboard": "track.tensorboard",
 }
 _REMOVED = {
-    "elasticity", "curriculum_learning", "amp", "nebula", "compression_training", "quantize_training", "sparse_gradients",
+    "elasticity", "curriculum_learning", "amp", "nebula", "compression_training", "quantize_training",
+    "sparse_gradients",
 }  # fmt: skip
 
 

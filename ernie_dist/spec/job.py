@@ -1,6 +1,6 @@
 """The job: one YAML, validated as a whole, with every mistake listed at once.
 
-    job.yaml --read, --set--> raw dict --validate--> JobSpec --resolve(prepared data)--> ResolvedJob = job.json
+job.yaml --read, --set--> raw dict --validate--> JobSpec --resolve(prepared data)--> ResolvedJob = job.json
 """
 
 from __future__ import annotations
@@ -164,7 +164,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise SpecError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(raw, dict):
-        raise SpecError(f"{path}: a job is a YAML mapping with name, model, sources, curriculum ...; got {type(raw).__name__}")
+        raise SpecError(
+            f"{path}: a job is a YAML mapping with name, model, sources, curriculum ...; got {type(raw).__name__}"
+        )
     return raw
 
 
@@ -172,7 +174,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     parts = path.strip().split(".")
     if not separator or not all(parts):
-        raise SpecError(f'--set {override}: needs the form field.field=value, e.g. --set curriculum.0.duration="2M tokens"')
+        raise SpecError(
+            f'--set {override}: needs the form field.field=value, e.g. --set curriculum.0.duration="2M tokens"'
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -210,13 +214,14 @@ def _index(items: list[Any], part: str, override: str) -> int:
 
 def _remove(raw: Any, loc: Sequence[int | str]) -> None:
     """Deletes the field a pydantic error points at, as deep as the path can be followed."""
-    parent, key = None, None
+    path: list[Any] = []
+    here = raw
     for part in loc:
-        if isinstance(raw, dict) and part in raw:
-            parent, key, raw = raw, part, raw[part]
-        elif isinstance(raw, list) and isinstance(part, int) and part < len(raw):
-            parent, key, raw = raw, part, raw[part]
+        if isinstance(here, (dict, list)) and (part in here if isinstance(here, dict) else isinstance(part, int)):
+            path.append((here, part))
+            here = here[part]
         else:
             break
-    if isinstance(parent, dict) and key is not None:
+    if path and isinstance(path[-1][0], dict):
+        parent, key = path[-1]
         del parent[key]

@@ -14,7 +14,9 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
-_AMOUNT = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*(?:([kKmMbBgGtT]i?)(?![a-zA-Z]))?\s*([a-zA-Z%]*)\s*$")
+_AMOUNT = re.compile(
+    r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*(?:([kKmMbBgGtT]i?)(?![a-zA-Z]))?\s*([a-zA-Z%]*)\s*$"
+)
 _POWER = {"k": 1, "m": 2, "b": 3, "g": 3, "t": 4}
 
 
@@ -26,10 +28,10 @@ class Unit(str, Enum):
 
 
 _UNITS = {
-    **{name: Unit.TOKENS for name in ("tokens", "token", "tok")},
-    **{name: Unit.STEPS for name in ("steps", "step")},
-    **{name: Unit.EPOCHS for name in ("epochs", "epoch")},
-    **{name: Unit.PERCENT for name in ("%", "percent")},
+    **dict.fromkeys(("tokens", "token", "tok"), Unit.TOKENS),
+    **dict.fromkeys(("steps", "step"), Unit.STEPS),
+    **dict.fromkeys(("epochs", "epoch"), Unit.EPOCHS),
+    **dict.fromkeys(("%", "percent"), Unit.PERCENT),
 }
 
 
@@ -105,5 +107,7 @@ Interval = _quantity_type(Unit.TOKENS, Unit.STEPS)
 """How often something happens."""
 Span = _quantity_type(Unit.TOKENS, Unit.STEPS, Unit.PERCENT)
 """A part of a schedule; percent of the stages that share it."""
-Count = Annotated[int, BeforeValidator(parse_count), WithJsonSchema({"type": ["integer", "string"], "examples": ["1M"]})]
+Count = Annotated[
+    int, BeforeValidator(parse_count), WithJsonSchema({"type": ["integer", "string"], "examples": ["1M"]})
+]
 """A count with an optional binary suffix."""

@@ -1,6 +1,6 @@
 """A job whose every number is known: what job.json holds, and all that launcher and job agree on.
 
-    JobSpec + facts of the prepared data --resolve--> ResolvedJob
+JobSpec + facts of the prepared data --resolve--> ResolvedJob
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from ernie_dist.spec.problems import Problem, refuse
 from ernie_dist.spec.quantity import Quantity, Unit
 from ernie_dist.spec.strict import Strict
 from ernie_dist.spec.training import ScheduleSpec
-
-FORMAT = 1
 
 
 class PackedLength(Strict):
@@ -88,7 +86,7 @@ class ResolvedStage(Strict):
 class ResolvedJob(Strict):
     """What a run does, frozen. Written as job.json; every rank reads it and nothing else of the job."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     spec: JobSpec
     tokenizer: ResolvedTokenizer
     sources: dict[str, ResolvedSource]
@@ -206,9 +204,7 @@ def resolve(spec: JobSpec, tokenizer: ResolvedTokenizer, sources: Mapping[str, R
     stages: list[ResolvedStage] = []
     for stage, batches in zip(spec.curriculum, lengths, strict=True):
         stages.append(_resolve_stage(spec, stage, batches, stages, tokenizer, sources))
-    return ResolvedJob(
-        spec=spec, tokenizer=tokenizer, sources=dict(sources), stages=_with_schedules(spec, stages)
-    )
+    return ResolvedJob(spec=spec, tokenizer=tokenizer, sources=dict(sources), stages=_with_schedules(spec, stages))
 
 
 def _repeats(spec: JobSpec, index: int, rows: list[Pass], tolerance: int) -> list[Problem]:

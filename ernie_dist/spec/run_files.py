@@ -1,14 +1,14 @@
 """Names of what lies in a run directory: the single source of truth about a run.
 
-    RUN_DIR/
-      job.json             the resolved job
-      attempts/0001/       launch.json, one log per rank, error.json
-      metrics.jsonl        one line per optimizer step; of a step written twice the later attempt counts
-      events.jsonl         everything else that happened
-      checkpoints/step_00000120/
-      export/              the model at the end
-      report.html  loss_curve.png  wandb/  tensorboard/
-      stop                 exists while a stop is requested; holds the reason
+RUN_DIR/
+  job.json             the resolved job
+  attempts/0001/       launch.json, one log per rank, error.json
+  metrics.jsonl        one line per optimizer step; of a step written twice the later attempt counts
+  events.jsonl         everything else that happened
+  checkpoints/step_00000120/
+  export/              the model at the end
+  report.html  loss_curve.png  wandb/  tensorboard/
+  stop                 exists while a stop is requested; holds the reason
 """
 
 from __future__ import annotations

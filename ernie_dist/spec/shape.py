@@ -23,6 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "head_dim": 32,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
+        "initializer_range": 0.08,  # about hidden_size ** -0.5: at the usual 0.02 so narrow a model hardly learns
     },
     "ernie-4.5-0.3b": {
         "model_type": "ernie4_5",
@@ -181,7 +182,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SpecError(f"{path}: not a readable transformers config ({error})") from None
-    missing = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "model_type"} - set(values)
+    missing = {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "model_type"} - set(
+        values
+    )
     if missing:
         raise SpecError(f"{path}: lacks {', '.join(sorted(missing))}; give a causal language model's config.json")
     return values

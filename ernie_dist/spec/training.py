@@ -23,7 +23,9 @@ class ModelSpec(Strict):
     def _one_origin(self) -> ModelSpec:
         given = [name for name in ("from_pretrained", "preset", "config") if getattr(self, name)]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of from_pretrained, preset, config; got {' and '.join(given) or 'none'}")
+            raise ValueError(
+                f"give exactly one of from_pretrained, preset, config; got {' and '.join(given) or 'none'}"
+            )
         if self.from_pretrained and self.override:
             raise ValueError("override changes the shape, which pretrained weights do not allow; use preset or config")
         return self

@@ -1,6 +1,6 @@
 """Run under torchrun: trains a few steps with one engine after another on the same batches, and prints what came out.
 
-    arguments: JSON with `cases` (EngineSpec fields plus `micro`) and `steps`
+arguments: JSON with `cases` (EngineSpec fields plus `micro`) and `steps`
 """
 
 import json
@@ -19,7 +19,9 @@ from ernie_dist.spec.training import EngineSpec, ModelSpec, OptimizerSpec
 from ernie_dist.world import World
 
 VOCABULARY, LENGTH, SEQUENCES = 128, 32, 8
-MODEL = ModelSpec(preset="ernie-4.5-tiny", override={"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": VOCABULARY})
+MODEL = ModelSpec(
+    preset="ernie-4.5-tiny", override={"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": VOCABULARY}
+)
 FREEZE = ("model.embed_tokens.*", "model.layers.0.*")
 
 
