@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,9 +67,10 @@ class HashCache:
 
     def save(self) -> None:
         if self._changed:
-            aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-            aside.write_text(json.dumps(self._known, ensure_ascii=False, indent=0), encoding="utf-8")
-            os.replace(aside, self._path)
+            with suppress(OSError):  # it only saves time
+                aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+                aside.write_text(json.dumps(self._known, ensure_ascii=False, indent=0), encoding="utf-8")
+                os.replace(aside, self._path)
 
     def is_unchanged(self, file: Path) -> bool:
         """Whether a file is still the one that was hashed."""

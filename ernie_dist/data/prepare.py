@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -47,30 +47,39 @@ def prepare(job: JobSpec, *, workers: int | None = None, show_progress: bool = T
     data_dir = data_dir_of(job)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(data_dir):
+            return _prepare(job, data_dir, workers, show_progress)
     except OSError as error:
-        raise DataError(f"data_dir {data_dir}: cannot be made ({error.strerror}); choose another") from None
-    with _locked(data_dir):
-        found = Survey(job)
-        published = found.find_tokenizer() or _publish_tokenizer(found)
-        for name, source in job.sources.items():
-            if source.kind == "chat":
-                published.require_chat(name)
-        planned = found.plan(published)
-        missing = [item for item in planned if not item.is_complete]
-        for item in planned:
-            if item.is_complete:
-                _finish(job, item)
-        if missing:
-            _check_disk_space(data_dir, missing, published.vocab_size)
-            _prepare_missing(found, missing, published, workers, show_progress)
-        return prepared_job(published, planned)
+        free = f"{shutil.disk_usage(data_dir).free:,} bytes free" if data_dir.exists() else "no such folder"
+        raise EnvironmentProblem(
+            f"{error.filename or data_dir}: {error.strerror or error} (data_dir {data_dir}: {free}); what is finished "
+            "is kept: make room or choose another data_dir, and start again"
+        ) from None
+
+
+def _prepare(job: JobSpec, data_dir: Path, workers: int | None, show_progress: bool) -> PreparedJob:
+    found = Survey(job)
+    published = found.find_tokenizer() or _publish_tokenizer(found)
+    for name, source in job.sources.items():
+        if source.kind == "chat":
+            published.require_chat(name)
+    planned = found.plan(published)
+    missing = [item for item in planned if not item.is_complete]
+    for item in planned:
+        if item.is_complete:
+            _finish(job, item)
+    if missing:
+        _check_disk_space(data_dir, missing, published.vocab_size)
+        _prepare_missing(found, missing, published, workers, show_progress)
+    return prepared_job(published, planned)
 
 
 @contextmanager
 def _locked(data_dir: Path) -> Iterator[None]:
     """One prepare at a time in a folder; a second one waits, and then finds the work done."""
-    with (data_dir / ".lock").open("w") as lock:
-        with suppress(OSError):  # some network file systems have no locks
+    with ExitStack() as stack:
+        with suppress(OSError):  # a folder that is only read needs no lock, and some network file systems have none
+            lock = stack.enter_context((data_dir / ".lock").open("w"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -121,23 +130,14 @@ def _prepare_missing(
     with Workers(count, published) as workers, _Progress(total, show_progress) as progress:
         for item in missing:
             began, advance = time.monotonic(), progress.start(item.name)
-            try:
-                records = tokenise(
-                    item.name, item.source, item.inputs, item.tokens_folder, token_type, workers, advance
-                )
-                changed = [record.path for record in item.records if not found.hashes.is_unchanged(Path(record.path))]
-                if changed:
-                    shutil.rmtree(item.tokens_folder)
-                    raise DataError(f"{changed[0]}: changed while it was read; start again once nobody writes to it")
-                make = _manifest_maker(item, published, token_type)
-                manifest = write_index(item.folder, item.tokens_folder, records, item.source, item.split, make)
-                _finish(found.job, item)
-            except OSError as error:
-                free = shutil.disk_usage(found.data_dir).free
-                raise EnvironmentProblem(
-                    f"{item.folder.parent}: cannot be written ({error.strerror or error}; {free:,} bytes free); what "
-                    "is finished is kept: start again once it can"
-                ) from None
+            records = tokenise(item.name, item.source, item.inputs, item.tokens_folder, token_type, workers, advance)
+            changed = [record.path for record in item.records if not found.hashes.is_unchanged(Path(record.path))]
+            if changed:
+                shutil.rmtree(item.tokens_folder)
+                raise DataError(f"{changed[0]}: changed while it was read; start again once nobody writes to it")
+            make = _manifest_maker(item, published, token_type)
+            manifest = write_index(item.folder, item.tokens_folder, records, item.source, item.split, make)
+            _finish(found.job, item)
             progress.finish(item.size)
             log.info(
                 *("prepared %s: %d rows, %d quarantined, %d duplicates, %d tokens, in %.1f s", item.name),

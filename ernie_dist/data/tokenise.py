@@ -64,31 +64,36 @@ class Encoded:
 
 
 class Workers:
-    """Processes that encode blocks; with count 1 this process does it. Use it in a `with`."""
+    """Processes that encode blocks, started at the first; with count 1 this process does it. Use it in a `with`."""
 
     def __init__(self, count: int, tokenizer: PublishedTokenizer) -> None:
         self._count = count
-        given = (tokenizer.folder / "tokenizer.json", tokenizer.stop_id, tokenizer.frame)
+        self._given = (tokenizer.folder / "tokenizer.json", tokenizer.stop_id, tokenizer.frame)
         self._pool: ProcessPoolExecutor | None = None
-        if count > 1:
-            # Never fork: this process may hold threads and locks (tokenizers, pyarrow).
-            context = get_context("spawn")
-            self._pool = ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=given)
-            # Children inherit the mask: a Ctrl-C while they start would make each of them print a traceback.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                for _ in range(count):
-                    self._pool.submit(os.getpid)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        else:
-            _start_encoder(*given)
+        self._started = False
+
+    def _start(self) -> None:
+        self._started = True
+        if self._count == 1:
+            _start_encoder(*self._given)
+            return
+        # Never fork: this process may hold threads and locks (tokenizers, pyarrow).
+        self._pool = ProcessPoolExecutor(self._count, get_context("spawn"), _start_worker, self._given)
+        # Children inherit the mask: a Ctrl-C while they start would make each of them print a traceback.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for _ in range(self._count):
+                self._pool.submit(os.getpid)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def encode(self, tasks: Iterator[tuple[Block, SourceSpec, bool]]) -> Iterator[tuple[Block, Encoded]]:
         """Encodes blocks, a bounded number at a time. Results come in order, with their blocks, payload left out."""
         waiting: deque[tuple[Block, Future[Encoded]]] = deque()
         try:
             for block, source, encode in tasks:
+                if not self._started:
+                    self._start()
                 bare = replace(block, payload=b"")
                 if self._pool is None:
                     yield bare, encode_block(block, source, encode)

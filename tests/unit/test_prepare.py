@@ -1,5 +1,6 @@
 """Prepare: the same bytes however it was run, nothing done twice, nothing lost, and a reason for every refusal."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from ernie_dist.data.shard import PreparedSource
 from ernie_dist.data.split import digest, split_of
 from ernie_dist.data.tokenizer import train_and_publish
 from ernie_dist.spec.curriculum import SplitSpec
-from ernie_dist.spec.errors import DataError
+from ernie_dist.spec.errors import DataError, EnvironmentProblem
 from ernie_dist.spec.job import JobSpec, parse_job
 
 
@@ -319,6 +321,29 @@ def test_what_cannot_be_trained_on_is_refused_with_a_remedy(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     with pytest.raises(DataError, match=r"needs about [\d,]+ bytes, and 1,000 are available"):
         prepare(job(tmp_path / "new", tokenizer, **sources))
+
+
+def test_a_full_disk_loses_nothing_and_two_at_once_do_the_work_once(
+    tmp_path: Path, tokenizer: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = job(tmp_path, tokenizer, **text_and_chat(write(tmp_path / "a.jsonl", rows(300))))
+    written = []
+
+    def fill(file: Any, values: np.ndarray) -> None:
+        written.append(file.write(values.tobytes()))
+        if sum(written) > 60_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(tokenise, "_write", fill)
+        with pytest.raises(EnvironmentProblem, match=r"No space left .* bytes free"):
+            prepare(spec)
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("prepared/*/tokens-*/?????/*")}
+    assert finished
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(prepare, [spec, spec])
+    assert first == second and len(contents(first, "qa")) > 200
+    assert finished == {path: path.stat().st_mtime_ns for path in finished}
 
 
 def test_a_tokenizer_is_trained_once_and_again_only_for_other_texts(tmp_path: Path) -> None:
