@@ -36,7 +36,7 @@ ERNIE_TEMPLATE = """\
     {{- "Assistant: " -}}
 {%- endif -%}
 """
-_TOKENIZER_FILE = re.compile(r"token.*\.(json|model)$|^(vocab|merges|chat_template)\.(json|txt|jinja|model)$")
+_TOKENIZER_FILE = re.compile(r"token.*\.json$|\.model$|^(vocab|merges|chat_template)\.(json|txt|jinja)$")
 _ERNIE_MARKS = ("<|begin_of_sentence|>", "<|end_of_sentence|>")
 _ROLES = {
     "unk_token": "<unk>",
