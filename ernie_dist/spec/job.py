@@ -214,14 +214,12 @@ def _index(items: list[Any], part: str, override: str) -> int:
 
 def _remove(raw: Any, loc: Sequence[int | str]) -> None:
     """Deletes the field a pydantic error points at, as deep as the path can be followed."""
-    path: list[Any] = []
-    here = raw
+    path: list[tuple[Any, int | str]] = []
     for part in loc:
-        if isinstance(here, (dict, list)) and (part in here if isinstance(here, dict) else isinstance(part, int)):
-            path.append((here, part))
-            here = here[part]
-        else:
+        try:
+            raw, parent = raw[part], raw
+        except (KeyError, IndexError, TypeError):
             break
+        path.append((parent, part))
     if path and isinstance(path[-1][0], dict):
-        parent, key = path[-1]
-        del parent[key]
+        del path[-1][0][path[-1][1]]
