@@ -1,0 +1,305 @@
+"""A checkpoint that is not whole is never loaded, the one before it is, and a run never starts over in silence."""
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ernie_dist.batch import Batch, stack
+from ernie_dist.checkpoint import CheckpointStore, verify
+from ernie_dist.engine.select import build_engine
+from ernie_dist.model.build import build_model
+from ernie_dist.model.loss import summed_loss
+from ernie_dist.progress import Progress
+from ernie_dist.spec.errors import CheckpointError
+from ernie_dist.spec.job import parse_job
+from ernie_dist.spec.resolve import PackedLength, ResolvedJob, ResolvedSource, ResolvedTokenizer, resolve
+from ernie_dist.spec.run_files import complete_checkpoints
+from ernie_dist.world import World
+
+torch.set_num_threads(1)
+
+STATE = "engine/state.pt"
+
+
+def make_job(*, steps: tuple[int, int] = (6, 6), every: str = "2 steps", **more: Any) -> ResolvedJob:
+    raw = {
+        "name": "t",
+        "model": {"preset": "ernie-4.5-tiny", "override": {"hidden_size": 16, "num_hidden_layers": 1}},
+        "tokenizer": "folder",
+        "tokens_per_batch": 64,
+        "sources": {"web": {"path": "web.jsonl", "text": "text"}},
+        "curriculum": [
+            {"name": name, "duration": f"{count} steps", "sequence_length": 32, "mixture": {"web": 1.0}}
+            for name, count in zip(("first", "second"), steps, strict=True)
+        ],
+        "schedule": {"kind": "constant", "peak": 1e-3},
+        "engine": {"kind": "plain", "precision": "fp32"},
+        "checkpoint": {"every": every, "keep_last": 3},
+        **more,
+    }
+    source = ResolvedSource(
+        folder="web", fingerprint="f", kind="text", packed={32: PackedLength(sequences=99, tokens=3000)}, held_out=False
+    )
+    return resolve(
+        parse_job(raw, "test"), ResolvedTokenizer(folder="t", fingerprint="t", vocab_size=64), {"web": source}
+    )
+
+
+def ids(step: int) -> np.ndarray:
+    return np.array([[0, 2 * step], [0, 2 * step + 1]])
+
+
+class Run:
+    """An engine and a store over one folder, as an attempt has them."""
+
+    def __init__(self, folder: Path, job: ResolvedJob | None = None) -> None:
+        self.job, self.folder = job or make_job(), folder
+        spec = self.job.spec
+        build = partial(build_model, spec.model, 64, spec.seed)
+        self.engine: Any = build_engine(spec.engine, spec.optimizer, [], build, summed_loss, World())
+        self.store = CheckpointStore(folder, self.job, World())
+        self.progress = Progress.start()
+
+    def train(self, steps: int) -> "Run":
+        """So many steps, saving where a checkpoint is due."""
+        for _ in range(steps):
+            generator = np.random.default_rng(self.progress.step)
+            tokens = generator.integers(0, 64, (2, 32))
+            row = [(one, np.roll(one, -1), np.arange(32), np.array([32])) for one in tokens]
+            self.engine.step(Batch(self.progress.step, "s", (stack(row),), ids(self.progress.step), 64), 1e-2)
+            self.progress = self.progress.after(ids(self.progress.step))
+            if self.store.due(self.progress):
+                self.save()
+        return self
+
+    def save(self) -> None:
+        self.saved = self.store.save(self.engine, self.progress)
+
+    def restore(self) -> Any:
+        restored = self.store.restore(self.engine)
+        self.progress = restored.progress if restored else Progress.start()
+        return restored
+
+    def weights(self) -> torch.Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in self.engine.model.parameters()])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Trained for 4 steps, with checkpoints at 2 and 4."""
+    return Run(tmp_path / "checkpoints").train(4)
+
+
+def test_what_is_restored_goes_on_exactly(run: Run) -> None:
+    again = Run(run.folder)
+    restored = again.restore()
+    assert restored.progress == run.progress and restored.refused == () and restored.folder.name == "step_00000004"
+    assert torch.equal(again.weights(), run.weights())
+    again.train(1), run.train(1)
+    assert torch.equal(again.weights(), run.weights()), "the optimizer's state is part of it"
+    assert again.progress == run.progress
+    sizes = [path.stat().st_size for path in restored.folder.rglob("*") if path.is_file()]
+    assert 0.9 * sum(sizes) < run.saved.bytes <= sum(sizes)
+
+
+def test_without_any_checkpoint_a_run_begins(tmp_path: Path) -> None:
+    fresh = Run(tmp_path / "new" / "checkpoints")
+    before = fresh.weights()
+    assert fresh.restore() is None and torch.equal(fresh.weights(), before)
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / STATE, (folder / STATE).stat().st_size - 1)
+
+
+def flip_a_bit(folder: Path) -> None:
+    content = bytearray((folder / STATE).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / STATE).write_bytes(content)
+
+
+def rewrite_progress(folder: Path) -> None:
+    text = (folder / "progress.json").read_text()
+    (folder / "progress.json").write_text(text.replace('"batch_index": 4', '"batch_index": 5'))
+
+
+def manifest(content: str | bytes) -> Callable[[Path], Any]:
+    data = content if isinstance(content, bytes) else content.encode()
+    return lambda folder: (folder / "manifest.json").write_bytes(data)
+
+
+DAMAGE = {
+    "not complete": lambda folder: (folder / "COMPLETE").unlink(),
+    "truncated": truncate,
+    "one bit flipped": flip_a_bit,
+    "file missing": lambda folder: (folder / STATE).unlink(),
+    "other progress": rewrite_progress,
+    "no progress": lambda folder: (folder / "progress.json").unlink(),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "empty manifest": manifest(""),
+    "manifest without files": manifest("{}"),
+    "half a manifest": lambda folder: os.truncate(folder / "manifest.json", 30),
+    "manifest of zeros": manifest(b"\0" * 200),
+    "manifest not utf-8": manifest(b"\xff\xfe\xfa"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_and_said_so(run: Run, damage: str) -> None:
+    before = Run(run.folder.parent / "reference").train(2)
+    DAMAGE[damage](run.folder / "step_00000004")
+    again = Run(run.folder)
+    restored = again.restore()
+    assert again.progress == before.progress and torch.equal(again.weights(), before.weights())
+    if damage != "not complete":  # that one was never a checkpoint
+        [(folder, reason)] = restored.refused
+        assert folder.name == "step_00000004" and reason
+    # the run writes over it
+    again.train(2)
+    assert verify(run.folder / "step_00000004") is None and again.progress == run.progress
+
+
+def test_when_all_are_bad_the_run_does_not_start_over(run: Run) -> None:
+    for folder in complete_checkpoints(run.folder):
+        flip_a_bit(folder)
+    again = Run(run.folder)
+    before = again.weights()
+    with pytest.raises(CheckpointError) as error:
+        again.restore()
+    assert str(error.value).count(f"{STATE} differs from what was written") == 2
+    assert "step_00000002" in str(error.value) and "step_00000004" in str(error.value)
+    assert "copy" in str(error.value) and "move them away" in str(error.value)
+    assert torch.equal(again.weights(), before), "nothing of a bad checkpoint reaches the engine"
+
+
+def test_a_past_under_another_description_is_refused_and_a_new_future_is_not(run: Run) -> None:
+    for other in (make_job(seed=18), make_job(schedule={"kind": "constant", "peak": 2e-3}), make_job(steps=(7, 6))):
+        stranger = Run(run.folder, other)
+        before = stranger.weights()
+        with pytest.raises(
+            CheckpointError, match=r"step_00000004: stage 0 \(first\).*another description.*past cannot"
+        ):
+            stranger.restore()
+        assert torch.equal(stranger.weights(), before)
+    assert Run(run.folder, make_job(steps=(6, 20))).restore().progress == run.progress
+    run.train(4)  # into the second stage
+    with pytest.raises(CheckpointError, match=r"step_00000008: stage 1 \(second\)"):
+        Run(run.folder, make_job(steps=(6, 20))).restore()
+
+
+def test_the_last_step_of_a_stage_does_not_begin_the_next(run: Run) -> None:
+    run.train(2)
+    state = json.loads((run.folder / "step_00000006" / "progress.json").read_text())
+    assert [name for name, _ in state["stages"]] == ["first"]
+    assert Run(run.folder, make_job(steps=(6, 20))).restore().progress == run.progress
+
+
+class TwoRanks(World):
+    """The first of two ranks, as far as a store asks."""
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def from_main(self, value: Any) -> Any:
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value]
+
+
+def test_another_number_of_ranks_or_another_engine_is_refused_with_both_named(run: Run) -> None:
+    elsewhere = {
+        "2 rank(s)": CheckpointStore(run.folder, run.job, TwoRanks(size=2)),
+        "deepspeed zero2": CheckpointStore(run.folder, make_job(engine={"precision": "fp32"}), World()),
+        "bf16": CheckpointStore(run.folder, make_job(engine={"kind": "plain", "precision": "bf16"}), World()),
+    }
+    here = Run(run.folder)
+    before = here.weights()
+    for theirs, store in elsewhere.items():
+        store.save(run.engine, run.progress)
+        with pytest.raises(CheckpointError) as error:
+            here.restore()
+        said = str(error.value)
+        assert theirs in said and "plain, fp32, 1 rank(s)" in said and "same engine and number of ranks" in said
+        assert torch.equal(here.weights(), before)
+
+
+def test_only_the_newest_are_kept(run: Run) -> None:
+    run.train(8)
+    names = [f"step_{step:08d}" for step in (8, 10, 12)]
+    assert sorted(path.name for path in run.folder.iterdir()) == names
+    assert [verify(run.folder / name) for name in names] == [None] * 3
+
+
+def test_what_a_killed_save_left_behind_neither_blocks_nor_counts(run: Run) -> None:
+    whole, leftover = run.folder / "step_00000004", run.folder / "step_00000006.tmp"
+    whole.rename(leftover)  # killed between the last file and the rename
+    (run.folder / "step_00000009.tmp").mkdir()
+    again = Run(run.folder)
+    assert again.restore().folder.name == "step_00000002"
+    again.train(4)
+    assert sorted(path.name for path in run.folder.iterdir()) == [f"step_{step:08d}" for step in (2, 4, 6)]
+    assert Run(run.folder).restore().progress == again.progress
+
+
+def test_killed_at_any_file_of_a_save_the_checkpoint_before_is_used(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call that makes something visible on disk is the last one, in turn."""
+
+    class Killed(BaseException):
+        pass
+
+    def dying(real: Callable[..., Any], at: int) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append(real)
+            if len(calls) > at:
+                raise Killed
+            return real(*arguments, **options)
+
+        return call
+
+    run.train(1)
+    survived = 0
+    for at in range(30):
+        calls: list[Any] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", dying(os.fsync, at))
+            patch.setattr(Path, "rename", dying(Path.rename, at))
+            try:
+                run.save()
+            except Killed:
+                assert Run(run.folder).restore().progress.step in (4, 5)
+                continue
+        survived = at
+        break
+    assert survived > 5, "the save was never interrupted"
+    assert Run(run.folder).restore().progress == run.progress
+
+
+def test_a_save_that_fails_leaves_the_one_before_untouched(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    progress = run.progress
+    for error in (OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed")):
+
+        def fill(folder: Path, error: Exception = error) -> None:
+            (folder / "state.pt").write_bytes(b"half")
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run.engine, "save", fill)
+            with pytest.raises(CheckpointError) as raised:
+                run.train(2)
+        assert str(error) in str(raised.value) and "before it is untouched" in str(raised.value)
+        assert {path: path.read_bytes() for path in contents} == contents
+        again = Run(run.folder)
+        assert again.restore().progress == progress
+        run.restore()
+    run.train(2)
+    assert Run(run.folder).restore().progress.step == 6
