@@ -88,6 +88,7 @@ class CheckpointStore:
             if reason is None:
                 progress = self._accept(folder)
                 engine.load(folder / _ENGINE)
+                self._set_aside([bad for bad, _ in refused])
                 return Restored(progress, folder, time.monotonic() - begun, tuple(refused))
             log.warning("checkpoint %s is not used: %s", folder.name, reason)
             refused.append((folder, reason))
@@ -118,6 +119,13 @@ class CheckpointStore:
                 "engine and number of ranks (--ranks)"
             )
         return progress
+
+    def _set_aside(self, folders: list[Path]) -> None:
+        """Renames checkpoints that were passed over, once a good one is found: they must not push it out later."""
+        for folder in folders if self._world.is_main else []:
+            aside = folder.with_suffix(".bad")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
 
     def _hash_share(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Sizes and hashes of this rank's share of the files, on disk for good once this returns."""
