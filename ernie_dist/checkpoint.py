@@ -172,16 +172,19 @@ class CheckpointStore:
 def verify(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None. Reads every byte of it."""
     try:
-        files = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{_MANIFEST} is not readable ({error})"
-    for name, entry in files.items():
+        listed = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = {name: (int(entry["bytes"]), str(entry["blake2b"])) for name, entry in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{_MANIFEST} is not readable ({type(error).__name__}: {error})"
+    if PROGRESS not in files:
+        return f"{_MANIFEST} does not list {PROGRESS}"
+    for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
-        if _digest(path) != entry["blake2b"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+        if _digest(path) != digest:
             return f"{name} differs from what was written"
     return None
 
