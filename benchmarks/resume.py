@@ -1,0 +1,160 @@
+"""Time from nothing to the first batch at a position 30 billion tokens into a job, and at its start.
+
+    python -m benchmarks.resume [--quick]
+
+Each measurement is a fresh process: it imports, reads job.json, makes a BatchLoader and reads the whole batch of 1M
+tokens, as the only rank. Before each, the files are dropped from the page cache. The plan of the packs is real, with an
+entry for every document; the token files have their full size but are holes, so that reading them costs no disk time.
+Restoring a model's weights is not part of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import in_turns, keep, parser, say, show, spread
+
+GOAL = 1.0
+"""seconds to the first batch, imports not counted"""
+SEQUENCE_LENGTH = 4096
+BATCH_TOKENS = 1 << 20
+SHARDS = 64
+PIECES = 4
+"""documents in each sequence"""
+POSITION = 30 * 10**9
+DISK = 10**9
+"""bytes free: twice what the plan of the packs takes"""
+GAP = 7
+"""tokens that each document falls short of its part of the sequence, so that there is padding to make"""
+
+
+def main() -> None:
+    command = parser(__doc__)
+    command.add_argument("--scratch", type=Path, help="where 0.5 GB are written and removed (a temporary folder)")
+    command.add_argument("--measure", nargs=2, metavar=("JOB", "BATCH"), help="internal: one measurement")
+    arguments = command.parse_args()
+    if arguments.measure:
+        _measure(Path(arguments.measure[0]), int(arguments.measure[1]))
+        return
+    rounds, position = (2, POSITION // 100) if arguments.quick else (9, POSITION)
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as name:
+        folder = Path(name)
+        if shutil.disk_usage(folder).free < DISK:
+            raise SystemExit(f"{folder}: less than {DISK:,} bytes free; give another folder with --scratch")
+        say(f"writing the packs of {position / 1e9:g} billion tokens")
+        job, batch = _job(folder, position)
+        measured: dict[str, list[dict[str, float]]] = {"start": [], "resumed": []}
+        measures = {
+            "start": _fresh_process(folder, job, 0, measured["start"]),
+            "resumed": _fresh_process(folder, job, batch, measured["resumed"]),
+        }
+        in_turns(measures, rounds)
+        size = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+    keys = tuple(measured["start"][0])
+    results = {name: {key: spread([one[key] for one in several]) for key in keys} for name, several in measured.items()}
+    seconds = results["resumed"]["first_batch_seconds"]
+    rows = [(name, *(f"{of[key]['median']:.3f}" for key in keys)) for name, of in results.items()]
+    show(("median", *keys), rows)
+    say(f"first batch {position / 1e9:g} billion tokens in: {seconds['median']:.3f} s; goal: under {GOAL} s")
+    result = {
+        "what": "fresh processes: seconds from after the imports to the first batch, files not in the page cache",
+        **results,
+        "goal": GOAL,
+        "met": seconds["median"] < GOAL,
+        "settings": {
+            "position_tokens": batch * BATCH_TOKENS,
+            "tokens_per_batch": BATCH_TOKENS,
+            "sequence_length": SEQUENCE_LENGTH,
+            "documents_per_sequence": PIECES,
+            "shards": SHARDS,
+            "packs_bytes_on_disk": size,
+        },
+    }
+    keep("resume", result, quick=arguments.quick)
+
+
+def _job(folder: Path, position: int) -> tuple[Path, int]:
+    """A frozen job over packed data that reaches a little further than `position`; and the batch at that position."""
+    import numpy as np
+
+    from benchmarks.synthetic import one_stage_job, write_source
+    from ernie_dist.data.packing import Packs
+
+    batch = -(-position // BATCH_TOKENS)
+    batches = batch + batch // 50 + 1
+    sequences = batches * BATCH_TOKENS // SEQUENCE_LENGTH
+    piece = SEQUENCE_LENGTH // PIECES
+    packs = Packs(
+        starts=np.arange(sequences * PIECES, dtype=np.uint64) * np.uint64(piece),
+        lengths=np.full(sequences * PIECES, piece - GAP, np.uint32),
+        offsets=np.arange(sequences + 1, dtype=np.int64) * PIECES,
+        sequence_length=SEQUENCE_LENGTH,
+        truncated=0,
+        dropped=0,
+    )
+    tokens = sequences * SEQUENCE_LENGTH
+    per_shard = -(-sequences // SHARDS) * SEQUENCE_LENGTH
+    shards = tuple(min(per_shard, tokens - first) for first in range(0, tokens, per_shard))
+    job = folder / "job.json"
+    one_stage_job(write_source(folder / "source", packs, shards, seed=None), BATCH_TOKENS, batches).write(job)
+    os.sync()  # only clean pages can be dropped
+    return job, batch
+
+
+def _fresh_process(folder: Path, job: Path, batch: int, into: list[dict[str, float]]) -> Callable[[], float]:
+    def measure() -> float:
+        _drop_from_page_cache(folder)
+        command = [sys.executable, "-m", "benchmarks.resume", "--measure", str(job), str(batch)]
+        began = time.perf_counter()
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        whole = time.perf_counter() - began
+        into.append({**json.loads(output.splitlines()[-1]), "process_seconds": whole})
+        return into[-1]["first_batch_seconds"]
+
+    return measure
+
+
+def _drop_from_page_cache(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _measure(job: Path, batch: int) -> None:
+    """In the fresh process: prints one line of JSON."""
+    began = time.perf_counter()
+    from ernie_dist.data.loader import BatchLoader
+    from ernie_dist.spec.resolve import ResolvedJob
+    from ernie_dist.world import World
+
+    imported, before = time.perf_counter(), _peak_mb()
+    read = BatchLoader(ResolvedJob.read(job), World())[batch]
+    done = time.perf_counter()
+    assert sum(micro.tokens_BT.numel() for micro in read.micro_batches) == BATCH_TOKENS
+    result: dict[str, Any] = {
+        "first_batch_seconds": done - imported,
+        "imports_seconds": imported - began,
+        "peak_memory_mb": _peak_mb(),
+        "peak_memory_after_imports_mb": before,
+    }
+    print(json.dumps(result))
+
+
+def _peak_mb() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
