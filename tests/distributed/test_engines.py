@@ -95,3 +95,14 @@ def test_a_job_has_the_same_curve_under_every_zero_stage_and_plain(tmp_path, mon
         assert [line["batch_hash"] for line in curve] == [line["batch_hash"] for line in expected]
         assert [line["loss"] for line in curve] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
         assert [line["learning_rate"] for line in curve] == [line["learning_rate"] for line in expected]
+
+    raw["name"], raw["model"] = "continued", {"from_pretrained": str(RunFiles(Path(plain)).export)}
+    raw["curriculum"] = raw["curriculum"][:1]
+    raw["sources"] = {"stories": raw["sources"]["stories"]}
+    raw["tokenizer"] = str(prepared.tokenizer_folder)
+    prepared = prepare(parse_job(raw, "job.yaml"), show_progress=False)
+    continued = [freeze(f"continued{stage}", kind="deepspeed", ds_config=f"zero{stage}") for stage in (2, 3)]
+    under_torchrun(2, "train_worker.py", *continued)
+    two, three = (read_metrics(RunFiles(Path(folder)).metrics) for folder in continued)
+    assert [line["loss"] for line in three] == pytest.approx([line["loss"] for line in two], rel=1e-4)
+    assert two[0]["loss"] < expected[0]["loss"] - 0.5, "training went on from the weights, not from random ones"
