@@ -60,7 +60,7 @@ def write_source(folder: Path, packs: Packs, shard_tokens: tuple[int, ...], *, s
 
 
 def one_stage_job(source: ResolvedSource, tokens_per_batch: int, batches: int) -> ResolvedJob:
-    """A job of one stage over one source, at the only length that it is packed to."""
+    """A job of one stage over one source, at the only length that it is packed to; micro-batches of 32K positions."""
     (length,) = source.packed
     stage = {"name": "only", "duration": f"{batches} steps", "sequence_length": length, "mixture": {"text": 1.0}}
     raw = {
@@ -71,6 +71,7 @@ def one_stage_job(source: ResolvedSource, tokens_per_batch: int, batches: int) -
         "sources": {"text": {"path": "nowhere.jsonl", "text": "text", "repeat": True}},
         "curriculum": [stage],
         "schedule": {"kind": "constant", "peak": 1e-3},
+        "engine": {"micro_batch_size": max(1, (1 << 15) // length)},
     }
     tokenizer = ResolvedTokenizer(folder="nowhere", fingerprint="synthetic", vocab_size=VOCABULARY)
     return resolve(parse_job(raw, "synthetic"), tokenizer, {"text": source})
