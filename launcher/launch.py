@@ -20,6 +20,7 @@ def launch_job(job: JobSpec, run_dir: RunDir, *, workers: int | None, dry_run: b
         print("\n".join(describe(job)))
         print(f"\n{launcher.render(Attempt(run_dir.root, 1, job.resources))}")
         return FINISHED
+    run_dir.refuse_foreign_files()
     if run_dir.exists() and run_dir.stages_begun():
         _refuse_changed_data(job, run_dir)
     from ernie_dist.data.prepare import prepare

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class RunDir:
         A run's past cannot be rewritten: raises RunDirError with the differences if a stage already begun differs.
         """
         if not self.exists():
-            self._refuse_foreign_files()
+            self.refuse_foreign_files()
             self.root.mkdir(parents=True, exist_ok=True)
             self._write_job(job)
             return []
@@ -96,7 +96,7 @@ class RunDir:
     def ending(self, attempt: int) -> dict[str, Any] | None:
         """How an attempt ended, by the files its ranks left: {"exit_code", "message", ...}; None if they left none."""
         for path in (self.files.error(attempt), self.files.outcome(attempt)):
-            if path.is_file():
+            with suppress(OSError, ValueError):  # a rank may have been killed while it wrote
                 return json.loads(path.read_text(encoding="utf-8"))
         return None
 
@@ -112,13 +112,18 @@ class RunDir:
 
     def stages_begun(self) -> int:
         """Stages that trained weights or records depend on."""
-        newest = complete_checkpoints(self.files.checkpoints)
-        if newest:
-            return len(read_state(newest[0])["stages"])
+        for checkpoint in complete_checkpoints(self.files.checkpoints):
+            with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is for the job to judge
+                return len(read_state(checkpoint)["stages"])
         has_steps = self.files.metrics.is_file() and self.files.metrics.stat().st_size > 0
         return 1 if has_steps else 0
 
-    def _refuse_foreign_files(self) -> None:
+    def refuse_foreign_files(self) -> None:
+        """Raises RunDirError if something else than a run is there."""
+        if self.exists():
+            return
+        if self.root.exists() and not self.root.is_dir():
+            raise RunDirError(f"{self.root}: is a file; give a folder with --run-dir")
         strangers = [path.name for path in self.root.iterdir() if path.name != ".lock"] if self.root.is_dir() else []
         if strangers:
             raise RunDirError(

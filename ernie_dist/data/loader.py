@@ -15,13 +15,15 @@ import numpy as np
 
 from ernie_dist.batch import IGNORED, Batch, Row, stack
 from ernie_dist.data.curriculum import Curriculum, deal
-from ernie_dist.data.packing import Packs
+from ernie_dist.data.packing import Packs, ranges
 from ernie_dist.data.shard import PreparedSource
 from ernie_dist.spec.resolve import ResolvedJob
 from ernie_dist.world import World
 
 _LOWEST_MASK = {"all": 0, "answers": 1, "last_answer": 2}
 """the least mask value that counts, per loss kind"""
+_AT_ONCE = 1 << 17
+"""positions read in one go: fewer, and numpy's calls cost more than their work; more, and they leave the cache"""
 
 
 class SequenceReader:
@@ -35,22 +37,24 @@ class SequenceReader:
     def __len__(self) -> int:
         return len(self.packs)
 
-    def row(self, sequence: int) -> Row:
-        """One packed sequence. What is left at the end is padding: token 0, no label, and a document of its own."""
-        length = self.packs.sequence_length
-        tokens, positions = np.zeros(length, np.int64), np.empty(length, np.int64)
-        labels = np.full(length, IGNORED, np.int64)
-        starts, lengths = self.packs.pieces(sequence)
-        at = 0
-        for start, size in zip(starts.tolist(), lengths.tolist(), strict=True):
-            ids, mask = self.source.read(start, size)
-            tokens[at : at + size] = ids
-            positions[at : at + size] = np.arange(size)
-            labels[at : at + size - 1] = self._labels(ids[1:], None if mask is None else mask[1:])
-            at += size
-        positions[at:] = np.arange(length - at)
-        documents = lengths.astype(np.int64)
-        return tokens, labels, positions, np.append(documents, length - at) if at < length else documents
+    def rows(self, sequences: np.ndarray) -> list[Row]:
+        """Packed sequences, int64 [n]. What is left at an end is padding: token 0, no label, and its own document."""
+        count, length = len(sequences), self.packs.sequence_length
+        starts, lengths, pieces = self.packs.pieces_of(sequences)
+        ends = np.cumsum(lengths)
+        ids, mask = self.source.gather(starts, lengths)
+        labels = np.append(self._labels(ids, mask)[1:], IGNORED)
+        labels[ends - 1] = IGNORED  # the last token of a document predicts nothing
+        used = np.diff(ends[np.cumsum(pieces) - 1], prepend=0)
+        inside = np.arange(length) < used[:, None]
+        tokens_NT, labels_NT = np.zeros((count, length), np.int64), np.full((count, length), IGNORED)
+        tokens_NT[inside], labels_NT[inside] = ids, labels
+        # Of every row its documents, then what is padding, which may be none.
+        documents = np.insert(lengths, np.cumsum(pieces), length - used)
+        positions_NT = ranges(np.zeros_like(documents), documents).reshape(count, length)
+        own = np.split(documents, np.cumsum(pieces + 1)[:-1])
+        own = [lengths if lengths[-1] else lengths[:-1] for lengths in own]
+        return list(zip(tokens_NT, labels_NT, positions_NT, own, strict=True))
 
     def _labels(self, ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         if mask is None:
@@ -77,8 +81,11 @@ class BatchLoader:
             reader = self._reader(order.sources[number], stage.sequence_length, stage.loss)
             where = np.flatnonzero(mine[:, 0] == number)
             sequences = order.packed(number, mine[where, 1])
-            for slot, sequence in zip(where.tolist(), sequences.tolist(), strict=True):
-                rows[slot] = reader.row(sequence)
+            at_once = max(1, _AT_ONCE // stage.sequence_length)
+            for first in range(0, len(where), at_once):
+                part = slice(first, first + at_once)
+                for slot, row in zip(where[part].tolist(), reader.rows(sequences[part]), strict=True):
+                    rows[slot] = row
         size = min(stage.micro_batch_size, len(rows))
         micro_batches = tuple(stack(rows[first : first + size]) for first in range(0, len(rows), size))
         return Batch(batch_index, stage.name, micro_batches, ids, stage.tokens_per_batch)

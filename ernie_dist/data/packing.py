@@ -52,6 +52,18 @@ class Packs:
         span = slice(int(self.offsets[sequence]), int(self.offsets[sequence + 1]))
         return self.starts[span], self.lengths[span]
 
+    def pieces_of(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """int64 [n] -> starts and lengths of all their pieces, sequence by sequence, and how many pieces each has.
+
+        All int64. IndexError for a sequence that is not there.
+        """
+        if len(sequences) and not 0 <= sequences.min() <= sequences.max() < len(self):
+            raise IndexError(f"sequences {sequences.min()} to {sequences.max()} of {len(self)}")
+        first = self.offsets[sequences]
+        count = self.offsets[sequences + 1] - first
+        which = ranges(first, count)
+        return self.starts[which].astype(np.int64), self.lengths[which].astype(np.int64), count
+
     @cached_property
     def tokens(self) -> int:
         """Tokens in all pieces, padding not counted."""
@@ -163,7 +175,7 @@ def _split(starts: np.ndarray, lengths: np.ndarray, sequence_length: int) -> tup
     """Documents -> pieces of at most sequence_length, in the order of the text."""
     lengths = lengths.astype(np.int64)
     count = -(-lengths // sequence_length)
-    before = _ranges(np.zeros_like(count), count) * sequence_length  # tokens of the document before each piece
+    before = ranges(np.zeros_like(count), count) * sequence_length  # tokens of the document before each piece
     pieces = np.minimum(np.repeat(lengths, count) - before, sequence_length)
     # both uint64 before the sum: numpy adds uint64 and int64 as float64, which is inexact above 2**53
     return np.repeat(starts.astype(np.uint64), count) + before.astype(np.uint64), pieces
@@ -174,7 +186,7 @@ def _arrange(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.
     histogram = np.bincount(lengths, minlength=sequence_length + 1)
     first, count, each, sequences = _best_fit(histogram, sequence_length)
     # Placements come longest piece first. So the i-th piece in that order is in the i-th place that they name.
-    sequence_of = np.repeat(_ranges(first, count), np.repeat(each, count)).astype(_index_type(sequences))
+    sequence_of = np.repeat(ranges(first, count), np.repeat(each, count)).astype(_index_type(sequences))
     by_sequence = np.argsort(sequence_of, kind="stable").astype(_index_type(len(lengths)))
     offsets = np.zeros(sequences + 1, dtype=np.int64)
     np.cumsum(np.bincount(sequence_of, minlength=sequences), out=offsets[1:])
@@ -233,7 +245,7 @@ def _best_fit(histogram: np.ndarray, sequence_length: int) -> tuple[np.ndarray, 
     return table[:, 0], table[:, 1], table[:, 2], sequences
 
 
-def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+def ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
     """int64 [sum(count)]: first[0], first[0] + 1, ... (count[0] of them), first[1], first[1] + 1, ..."""
     ends = np.cumsum(count)
     values = np.arange(ends[-1] if len(ends) else 0)

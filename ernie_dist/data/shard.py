@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from pydantic import ValidationError
 
-from ernie_dist.data.packing import Packs
+from ernie_dist.data.packing import Packs, ranges
 from ernie_dist.data.split import SPLITS
 from ernie_dist.spec.errors import DataError
 from ernie_dist.spec.strict import Strict
@@ -130,6 +130,23 @@ class PreparedSource:
         if len(tokens) != length:
             raise IndexError(f"{self.folder}: no {length} tokens at {start}: {self._starts[-1]} in all")
         return tokens, self._masks[shard][span] if self._masks else None
+
+    def gather(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """What `read` gives for each of many pieces, int64 [pieces], one after the other."""
+        shards = np.searchsorted(self._starts, starts, side="right") - 1
+        places = np.cumsum(lengths) - lengths
+        tokens = np.empty(lengths.sum(), np.int64)
+        mask = np.empty(len(tokens), np.uint8) if self._masks else None
+        for shard in np.unique(shards).tolist():
+            here = shards == shard
+            source, target = (
+                ranges(starts[here] - self._starts[shard], lengths[here]),
+                ranges(places[here], lengths[here]),
+            )
+            tokens[target] = self._tokens[shard][source]
+            if mask is not None:
+                mask[target] = self._masks[shard][source]
+        return tokens, mask
 
     def packs(self, split: str, sequence_length: int) -> Packs:
         """The packs that prepare planned. Raises DataError if it never did."""

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ernie_dist.batch import MicroBatch, empty_micro_batch, stack
 from ernie_dist.data.loader import SequenceReader
 from ernie_dist.data.shard import PreparedSource
@@ -50,4 +52,4 @@ class HeldOut:
         rounds = math.ceil(math.ceil(count / self._world.size) / self._size)
         for number in range(rounds):
             numbers = mine[number * self._size : (number + 1) * self._size]
-            yield stack([reader.row(i) for i in numbers]) if numbers else empty_micro_batch(self._length)
+            yield stack(reader.rows(np.array(numbers))) if numbers else empty_micro_batch(self._length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,13 +14,16 @@ from ernie_dist.model.build import build_model
 from ernie_dist.spec.errors import CheckpointError
 from ernie_dist.spec.resolve import ResolvedJob
 
+_MARK = "ernie_dist.json"
+"""where an export comes from; only a folder that has it is ever replaced"""
+
 
 def export_model(job: ResolvedJob, checkpoint: Path | None, to: Path) -> Path:
     """Writes the model of a verified checkpoint; without one, as it was before the first step.
 
     The folder appears whole or not at all. Raises CheckpointError if `to` exists and is not an export.
     """
-    if to.exists() and any(to.iterdir()) and not (to / "config.json").is_file():
+    if to.is_file() or (to.is_dir() and any(to.iterdir()) and not (to / _MARK).is_file()):
         raise CheckpointError(f"{to}: exists and is not an export; give another folder")
     model = build_model(job.spec.model, job.tokenizer.vocab_size, job.spec.seed, attn_implementation="sdpa")
     if checkpoint is not None:
@@ -39,6 +43,8 @@ def export_model(job: ResolvedJob, checkpoint: Path | None, to: Path) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
+    origin = {"run": job.spec.name, "checkpoint": checkpoint.name if checkpoint else None, "format": job.format}
+    (aside / _MARK).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(to, ignore_errors=True)
     aside.rename(to)
     return to

@@ -22,7 +22,7 @@ _FROM_THE_JOB = {
 }
 _REMOVED = {
     "elasticity", "curriculum_learning", "amp", "nebula", "compression_training", "quantize_training",
-    "sparse_gradients",
+    "sparse_gradients", "zeropp_loco_param",
 }  # fmt: skip
 
 
@@ -33,13 +33,14 @@ def read_ds_config(name: str) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SpecError(f"{path}: not valid JSON ({error})") from None
-    for key in config:
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
+        raise SpecError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3")
+    for key in [*config, *zero]:
         if key in _FROM_THE_JOB:
             raise SpecError(f'{path}: remove "{key}"; the job sets it with {_FROM_THE_JOB[key]}')
-        if key in _REMOVED:
+        if key in _REMOVED or key.startswith("mics_"):
             raise SpecError(f'{path}: remove "{key}"; DeepSpeed no longer has it')
-    if config.get("zero_optimization", {}).get("stage") not in (0, 1, 2, 3):
-        raise SpecError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3")
     return config
 
 

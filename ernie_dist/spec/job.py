@@ -5,24 +5,25 @@ job.yaml --read, --set--> raw dict --validate--> JobSpec --resolve(prepared data
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from ernie_dist.spec import batch_plan
 from ernie_dist.spec.curriculum import Name, SourceSpec, SplitSpec, StageSpec
+from ernie_dist.spec.ds_config import read_ds_config
 from ernie_dist.spec.errors import SpecError
 from ernie_dist.spec.problems import Problem, from_pydantic, refuse, suggest
 from ernie_dist.spec.quantity import Count
 from ernie_dist.spec.resources import ResourcesSpec
+from ernie_dist.spec.shape import config_values
 from ernie_dist.spec.strict import Strict
 from ernie_dist.spec.training import (
     CheckpointSpec,
@@ -84,8 +85,9 @@ def load_job(path: Path, overrides: Sequence[str] = (), *, ranks: int | None = N
     origin = path.name + (f" with --set {' '.join(overrides)}" if overrides else "")
     for override in overrides:
         _apply_override(raw, override)
-    if ranks is not None:
-        raw["resources"] = {**(raw.get("resources") or {}), "nodes": 1, "gpus_per_node": ranks}
+    resources = raw.get("resources") or {}
+    if ranks is not None and isinstance(resources, dict):
+        raw["resources"] = {**resources, "nodes": 1, "gpus_per_node": ranks}
     return parse_job(raw, origin)
 
 
@@ -94,43 +96,92 @@ def parse_job(raw: dict[str, Any], origin: str) -> JobSpec:
     try:
         job = JobSpec.model_validate(raw)
     except ValidationError as error:
-        problems = from_pydantic(error, JobSpec)
-        # Checks between fields need a whole job: leave the bad fields out and, if it holds together, look again.
-        whole = copy.deepcopy(raw)
-        for item in error.errors():
-            _remove(whole, item["loc"])
-        with suppress(ValidationError):
-            problems += _cross_check(JobSpec.model_validate(whole))
-    else:
-        problems = list(_cross_check(job))
+        raise refuse(origin, [*from_pydantic(error, JobSpec), *_cross_check(_Parts.of(raw))]) from None
+    problems = list(_cross_check(_Parts.of(raw)))
     if problems:
         raise refuse(origin, problems)
     return job
 
 
-def _cross_check(job: JobSpec) -> Iterator[Problem]:
-    names = [stage.name for stage in job.curriculum]
-    for index, stage in enumerate(job.curriculum):
+@dataclass(frozen=True)
+class _Parts:
+    """The fields of a raw job that are right by themselves: what checks between fields can rely on. None if wrong."""
+
+    stages: dict[int, StageSpec]
+    sources: tuple[str, ...]
+    tokens_per_batch: int | None
+    has_schedule: bool
+    model: ModelSpec | None
+    engine: EngineSpec | None
+    resources: ResourcesSpec | None
+
+    @classmethod
+    def of(cls, raw: dict[str, Any]) -> _Parts:
+        curriculum, sources = raw.get("curriculum"), raw.get("sources")
+        stages = enumerate(curriculum if isinstance(curriculum, (list, tuple)) else ())
+        valid = {number: _valid(StageSpec, stage) for number, stage in stages}
+        return cls(
+            stages={number: stage for number, stage in valid.items() if stage is not None},
+            sources=tuple(map(str, sources)) if isinstance(sources, dict) else (),
+            tokens_per_batch=_valid(Count, raw.get("tokens_per_batch")),
+            has_schedule=raw.get("schedule") is not None,
+            model=_valid(ModelSpec, raw.get("model")),
+            engine=_valid(EngineSpec, raw.get("engine", {})),
+            resources=_valid(ResourcesSpec, raw.get("resources", {})),
+        )
+
+
+def _valid(kind: Any, raw: Any) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(raw)
+    except ValidationError:
+        return None
+
+
+def _cross_check(parts: _Parts) -> Iterator[Problem]:
+    """What no field is wrong about by itself."""
+    names = [stage.name for stage in parts.stages.values()]
+    for position, (index, stage) in enumerate(parts.stages.items()):
         where = f"curriculum.{index}"
-        if names.index(stage.name) != index:
+        if names.index(stage.name) != position:
             yield Problem(f"{where}.name", "another stage has this name; names must differ", stage.name)
         for source in stage.mixture:
-            if source not in job.sources:
-                yield Problem(f"{where}.mixture.{source}", f"unknown source; {suggest(source, job.sources)}")
-        if stage.schedule is None and job.schedule is None:
+            if source not in parts.sources:
+                yield Problem(f"{where}.mixture.{source}", f"unknown source; {suggest(source, parts.sources)}")
+        if stage.schedule is None and not parts.has_schedule:
             yield Problem(f"{where}.schedule", "is required, here or for the whole job: {kind: wsd, peak: 3e-4, ...}")
+        yield from _batch_problem(parts, f"{where} ({stage.name})", stage)
+    used = {source for stage in parts.stages.values() for source in stage.mixture}
+    if names and not any(source not in parts.sources for source in used):
+        for source in sorted(set(parts.sources) - used):
+            yield Problem(f"sources.{source}", "no stage's mixture uses this source; use it or remove it")
+    yield from _engine_problems(parts)
+
+
+def _batch_problem(parts: _Parts, where: str, stage: StageSpec) -> Iterator[Problem]:
+    tokens = stage.tokens_per_batch or parts.tokens_per_batch
+    if tokens is None or parts.engine is None or parts.resources is None:
+        return
+    micro = stage.micro_batch_size or parts.engine.micro_batch_size
+    try:
+        batch_plan.solve(tokens, stage.sequence_length, micro, parts.resources.world_size)
+    except ValueError as error:
+        yield Problem(where, str(error))
+
+
+def _engine_problems(parts: _Parts) -> Iterator[Problem]:
+    if parts.engine is not None and parts.engine.kind == "deepspeed":
         try:
-            job.batch_plan(stage, job.resources.world_size)
-        except ValueError as error:
-            yield Problem(f"{where} ({stage.name})", str(error))
-    used = {source for stage in job.curriculum for source in stage.mixture}
-    for source in job.sources.keys() - used:
-        yield Problem(f"sources.{source}", "no stage's mixture uses this source; use it or remove it")
-    if job.engine.kind == "plain" and job.resources.world_size > 1:
+            read_ds_config(parts.engine.ds_config)
+        except SpecError as error:
+            yield Problem("engine.ds_config", str(error))
+    elif parts.engine is not None and parts.resources is not None and parts.resources.world_size > 1:
         yield Problem("engine.kind", "plain runs on one rank; use deepspeed, or --ranks 1", "plain")
-    for name, interval in (("checkpoint.every", job.checkpoint.every), ("evaluate.every", job.evaluate.every)):
-        if interval is not None and interval.amount == 0:
-            yield Problem(name, "must be greater than zero", str(interval))
+    if parts.model is not None:
+        try:
+            config_values(parts.model)
+        except SpecError as error:
+            yield Problem("model", str(error))
 
 
 def fingerprint(value: Any) -> str:
@@ -146,8 +197,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            mark = key_node.start_mark
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a value that begins with { needs quotes", mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f'"{key}" is given twice', key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f'"{key}" is given twice', mark)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -210,16 +264,3 @@ def _index(items: list[Any], part: str, override: str) -> int:
         return int(part)
     known = ", ".join(str(name) for name in names if name)
     raise SpecError(f"--set {override}: no item {part}; there are 0 to {len(items) - 1} ({known})")
-
-
-def _remove(raw: Any, loc: Sequence[int | str]) -> None:
-    """Deletes the field a pydantic error points at, as deep as the path can be followed."""
-    path: list[tuple[Any, int | str]] = []
-    for part in loc:
-        try:
-            raw, parent = raw[part], raw
-        except (KeyError, IndexError, TypeError):
-            break
-        path.append((parent, part))
-    if path and isinstance(path[-1][0], dict):
-        del path[-1][0][path[-1][1]]

@@ -46,7 +46,7 @@ class Quantity:
         return f"{self.amount} {self.unit.value}"
 
 
-def parse_quantity(value: Any, units: tuple[Unit, ...]) -> Quantity:
+def parse_quantity(value: Any, units: tuple[Unit, ...], *, positive: bool = False) -> Quantity:
     """Reads "30B tokens". Raises ValueError with the accepted forms."""
     accepted = " or ".join(f'"{_EXAMPLE[unit]}"' for unit in units)
     if isinstance(value, Quantity):
@@ -58,7 +58,7 @@ def parse_quantity(value: Any, units: tuple[Unit, ...]) -> Quantity:
         number, unit = _scaled(match[1], match[2], binary=False), _UNITS[match[3].lower()]
     if unit not in units:
         raise ValueError(f"cannot be counted in {unit.value} here: use {accepted}")
-    if number < 0 or (number == 0 and unit is Unit.EPOCHS):
+    if number == 0 and positive:
         raise ValueError("must be greater than zero")
     if unit in (Unit.TOKENS, Unit.STEPS):
         if number != int(number):
@@ -91,21 +91,21 @@ def _scaled(digits: str, suffix: str | None, *, binary: bool) -> Decimal:
 _EXAMPLE = {Unit.TOKENS: "30B tokens", Unit.STEPS: "500 steps", Unit.EPOCHS: "2 epochs", Unit.PERCENT: "5 %"}
 
 
-def _quantity_type(*units: Unit) -> Any:
+def _quantity_type(*units: Unit, positive: bool) -> Any:
     schema = {"type": "string", "examples": [_EXAMPLE[unit] for unit in units]}
     return Annotated[
         Quantity,
-        BeforeValidator(lambda value: parse_quantity(value, units)),
+        BeforeValidator(lambda value: parse_quantity(value, units, positive=positive)),
         PlainSerializer(str, return_type=str),
         WithJsonSchema(schema),
     ]
 
 
-Duration = _quantity_type(Unit.TOKENS, Unit.STEPS, Unit.EPOCHS)
+Duration = _quantity_type(Unit.TOKENS, Unit.STEPS, Unit.EPOCHS, positive=True)
 """How long a stage lasts."""
-Interval = _quantity_type(Unit.TOKENS, Unit.STEPS)
+Interval = _quantity_type(Unit.TOKENS, Unit.STEPS, positive=True)
 """How often something happens."""
-Span = _quantity_type(Unit.TOKENS, Unit.STEPS, Unit.PERCENT)
+Span = _quantity_type(Unit.TOKENS, Unit.STEPS, Unit.PERCENT, positive=False)
 """A part of a schedule; percent of the stages that share it."""
 Count = Annotated[
     int, BeforeValidator(parse_count), WithJsonSchema({"type": ["integer", "string"], "examples": ["1M"]})

@@ -154,19 +154,22 @@ class Pass:
 
     stage: str
     source: str
-    sequences: int
-    epochs: float
+    drawn: int
+    """sequences"""
+    held: int
+    """sequences in the source"""
+
+    @property
+    def epochs(self) -> float:
+        return self.drawn / self.held
 
 
 def passes(stage: StageSpec, batches: int, sequences_per_batch: int, packed: Mapping[str, PackedLength]) -> list[Pass]:
     """How often each source of a stage is gone through; a mixture's weights count tokens, padding left out."""
     shares = {name: weight / packed[name].tokens_per_sequence for name, weight in stage.mixture.items()}
     total = sum(shares.values())
-    rows = []
-    for name, share in shares.items():
-        sequences = round(batches * sequences_per_batch * share / total)
-        rows.append(Pass(stage.name, name, sequences, sequences / packed[name].sequences))
-    return rows
+    drawn = {name: round(batches * sequences_per_batch * share / total) for name, share in shares.items()}
+    return [Pass(stage.name, name, count, packed[name].sequences) for name, count in drawn.items()]
 
 
 def stage_batches(stage: StageSpec, tokens_per_batch: int, packed: Mapping[str, PackedLength] | None) -> int | None:
@@ -211,8 +214,7 @@ def _repeats(spec: JobSpec, index: int, rows: list[Pass], tolerance: int) -> lis
     """Sources a stage would go through more than once without being told to."""
     problems = []
     for row in rows:
-        held = row.sequences / row.epochs
-        if row.sequences > held + tolerance and not spec.sources[row.source].repeat:
+        if row.drawn > row.held + tolerance and not spec.sources[row.source].repeat:
             problems.append(
                 Problem(
                     f"curriculum.{index}.mixture.{row.source}",
