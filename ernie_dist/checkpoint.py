@@ -112,7 +112,7 @@ class CheckpointStore:
                     f"{ours[number] if number < len(ours) else 'absent'}); a run's past cannot be rewritten: "
                     "restore the job's earlier text, or start a new run directory"
                 )
-        engine = _engine_identity(self._job, self._world)
+        engine = self._job.engine_identity(self._world.size)
         if state["engine"] != engine:
             raise CheckpointError(
                 f"{folder}: was saved with {state['engine']}, this attempt has {engine}; go on with the same "
@@ -138,7 +138,7 @@ class CheckpointStore:
         state = {
             "progress": progress.to_json(),
             "stages": [[stage.name, stage.fingerprint] for stage in begun],
-            "engine": _engine_identity(self._job, self._world),
+            "engine": self._job.engine_identity(self._world.size),
             "consumed_tokens": self._job.consumed_tokens(progress.batch_index),
         }
         _write(aside / PROGRESS, json.dumps(state, indent=1))
@@ -191,12 +191,6 @@ def verify(folder: Path) -> str | None:
 
 def engine_folder(folder: Path) -> Path:
     return folder / _ENGINE
-
-
-def _engine_identity(job: ResolvedJob, world: World) -> str:
-    engine = job.spec.engine
-    kind = "plain" if engine.kind == "plain" else f"deepspeed {Path(engine.ds_config).stem}"
-    return f"{kind}, {engine.precision}, {world.size} rank(s)"
 
 
 def _empty(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import shutil
+import sys
 import time
 from functools import partial
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from ernie_dist.data.loader import BatchLoader, load_batches
 from ernie_dist.engine.base import Engine
 from ernie_dist.engine.select import build_engine
 from ernie_dist.evaluate.held_out import HeldOut
+from ernie_dist.events.console import ConsoleSink
 from ernie_dist.events.event import (
     AttemptStarted,
     CheckpointRefused,
@@ -55,7 +57,8 @@ def train(run_dir: Path, attempt: int, world: World, console: IO[str]) -> bool:
     engine = _build_engine(job, world)
     store = CheckpointStore(files.checkpoints, job, world)
     _refuse_full_disk(files, job, engine)
-    events = EventBus(build_sinks(job, files, console) if world.is_main else [])
+    # The rank's own log is where `ernie logs` looks, also once the terminal is gone.
+    events = EventBus([*build_sinks(job, files, console), ConsoleSink(sys.stdout)] if world.is_main else [])
     progress = _restore(store, engine, job, attempt, events)
     events.emit(_attempt_started(job, attempt, progress, engine, world))
     held_out, meter = HeldOut(job, world), _Meter(job, engine, world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -28,6 +29,8 @@ _EXAMPLES = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 finished, 2 wrong job or data, 75 stopped and resumable, 1 crashed."""
     options = _parser().parse_args(arguments)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # schedulers say it this way; until ranks run it is a Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     from ernie_dist.spec.errors import ErnieError
     from launcher import verbs
 
@@ -84,7 +87,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)

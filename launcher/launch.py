@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ernie_dist.spec.errors import ErnieError, RunDirError
+from ernie_dist.spec.errors import ErnieError, RunDirError, SpecError
 from ernie_dist.spec.job import JobSpec
 from launcher.base import FINISHED, STOPPED, Attempt
 from launcher.local import LocalLauncher
@@ -15,17 +15,22 @@ from launcher.run_dir import RunDir
 
 def launch_job(job: JobSpec, run_dir: RunDir, *, workers: int | None, dry_run: bool) -> int:
     """Runs the job to its end, a stop or a crash. Returns the exit code of the contract."""
+    if job.resources.nodes > 1:
+        raise SpecError(
+            f"resources.nodes = {job.resources.nodes}: this launcher has one node; give --ranks N to run here"
+        )
     launcher = LocalLauncher()
     if dry_run:
         print("\n".join(describe(job)))
         print(f"\n{launcher.render(Attempt(run_dir.root, 1, job.resources))}")
         return FINISHED
     run_dir.refuse_foreign_files()
-    if run_dir.exists() and run_dir.stages_begun():
+    if run_dir.exists() and run_dir.stages_begun() and Path(run_dir.job().tokenizer.folder).is_dir():
         _refuse_changed_data(job, run_dir)
     from ernie_dist.data.prepare import prepare
     from ernie_dist.data.resolve import resolve_prepared
 
+    print(f"preparing data in {job.data_dir}, or finding it prepared", flush=True)
     resolved = resolve_prepared(job, prepare(job, workers=workers))
     run_dir.root.mkdir(parents=True, exist_ok=True)
     with run_dir.owned():
@@ -33,7 +38,8 @@ def launch_job(job: JobSpec, run_dir: RunDir, *, workers: int | None, dry_run: b
             print(f"changed since the last attempt: {change}")
         number = run_dir.new_attempt(launcher="local", ranks=job.resources.world_size)
         code = launcher.run(Attempt(run_dir.root, number, job.resources))
-        _report(run_dir.root)
+        if code == FINISHED:
+            _report(run_dir.root)
     if code == STOPPED:
         print(f"stopped; the same command goes on ({run_dir.root})")
     return code

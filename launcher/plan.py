@@ -106,6 +106,7 @@ def _vocabulary(job: JobSpec) -> int | None:
 
 def _model_line(job: JobSpec, shape: ModelShape | None) -> str:
     origin = job.model.from_pretrained or job.model.preset or job.model.config
+    origin = f"{origin} with {len(job.model.override)} value(s) changed" if job.model.override else origin
     if shape is None:
         return f"model      {origin} (its shape is known once it has been downloaded)"
     if not shape.vocab_size:
@@ -172,7 +173,7 @@ def _memory_lines(job: JobSpec, shape: ModelShape, ranks: int, cluster: Cluster 
     if cluster and cluster.device:
         share = worst.total / cluster.device.memory
         verdict = "fits" if share < 0.9 else "is tight" if share < 1 else "does not fit"
-        lines.append(f"           {verdict} {_size(cluster.device.memory)} of a {cluster.name} ({share:.0%})")
+        lines.append(f"           {verdict}: {share:.0%} of the {_size(cluster.device.memory)} of one {cluster.name}")
     return lines
 
 
@@ -189,7 +190,8 @@ def _time_lines(job: JobSpec, shape: ModelShape, cluster: Cluster, facts: Facts 
         speed = ASSUMED_MFU * cluster.count * cluster.device.peak_flops / shape.flops_per_token(stage.sequence_length)
         total += batches * per_batch / speed
         lines.append(f"  {stage.name}: {duration(batches * per_batch / speed)} at {speed:,.0f} tokens/s")
-    return [*lines, f"  together: {duration(total)}"]
+    known = not any("known after" in line for line in lines)
+    return [*lines, f"  together: {duration(total)}" + ("" if known else ", without the stages not known yet")]
 
 
 def duration(seconds: float) -> str:

@@ -20,6 +20,7 @@ from ernie_dist.spec.run_files import RunFiles
 from launcher.base import CRASHED, FINISHED
 from launcher.plan import table
 from launcher.quickstart_data import write_data
+from launcher.run_dir import RunDir
 
 _MARK = ".ernie_quickstart"
 _KILL_AFTER = 95
@@ -53,6 +54,8 @@ def _make_room(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / _MARK).is_file():
             raise RunDirError(f"{folder}: is not empty and no earlier quickstart; give another folder with --dir")
+        if (folder / "run").is_dir() and RunDir(folder / "run").is_running():
+            raise RunDirError(f"{folder}: a quickstart is running there; wait for it or give another --dir")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MARK).touch()

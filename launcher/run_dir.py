@@ -56,8 +56,9 @@ class RunDir:
             raise RunDirError(
                 f"{self.root} belongs to another job (stages begun: {stages}). The differences:\n"
                 + "\n".join(f"  {change}" for change in changes)
-                + "\nUndo them to go on, or give another --run-dir to start a new run"
+                + "\nUndo them to go on (to train longer, add a stage), or give another --run-dir to start a new run"
             )
+        self._refuse_other_engine(job)
         if changes:
             self._write_job(job)
         return changes
@@ -112,9 +113,9 @@ class RunDir:
 
     def stages_begun(self) -> int:
         """Stages that trained weights or records depend on."""
-        for checkpoint in complete_checkpoints(self.files.checkpoints):
-            with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one is for the job to judge
-                return len(read_state(checkpoint)["stages"])
+        state = self._newest_state()
+        if state:
+            return len(state["stages"])
         has_steps = self.files.metrics.is_file() and self.files.metrics.stat().st_size > 0
         return 1 if has_steps else 0
 
@@ -130,6 +131,25 @@ class RunDir:
                 f"{self.root}: is not empty and no run directory (it holds {', '.join(sorted(strangers)[:3])}); "
                 "give a new or empty folder with --run-dir"
             )
+
+    def _refuse_other_engine(self, job: ResolvedJob) -> None:
+        """Refused here rather than in the ranks, so that job.json keeps describing what can go on."""
+        ours = job.engine_identity(job.spec.resources.world_size)
+        theirs = self._newest_state().get("engine", ours)
+        if theirs != ours:
+            raise RunDirError(
+                f"{self.root}: its checkpoints were saved with {theirs}, this job has {ours}; go on with the same "
+                "engine and number of ranks (--ranks)"
+            )
+
+    def _newest_state(self) -> dict[str, Any]:
+        """progress.json of the newest checkpoint that has a readable one; a damaged one is for the job to judge."""
+        for checkpoint in complete_checkpoints(self.files.checkpoints):
+            with suppress(OSError, ValueError):
+                state = read_state(checkpoint)
+                if isinstance(state, dict) and "stages" in state:
+                    return state
+        return {}
 
     def _write_job(self, job: ResolvedJob) -> None:
         aside = self.files.job.with_suffix(".tmp")

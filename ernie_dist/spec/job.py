@@ -108,6 +108,7 @@ class _Parts:
     """The fields of a raw job that are right by themselves: what checks between fields can rely on. None if wrong."""
 
     stages: dict[int, StageSpec]
+    all_stages: bool
     sources: tuple[str, ...]
     tokens_per_batch: int | None
     has_schedule: bool
@@ -122,6 +123,7 @@ class _Parts:
         valid = {number: _valid(StageSpec, stage) for number, stage in stages}
         return cls(
             stages={number: stage for number, stage in valid.items() if stage is not None},
+            all_stages=bool(valid) and None not in valid.values(),
             sources=tuple(map(str, sources)) if isinstance(sources, dict) else (),
             tokens_per_batch=_valid(Count, raw.get("tokens_per_batch")),
             has_schedule=raw.get("schedule") is not None,
@@ -152,7 +154,7 @@ def _cross_check(parts: _Parts) -> Iterator[Problem]:
             yield Problem(f"{where}.schedule", "is required, here or for the whole job: {kind: wsd, peak: 3e-4, ...}")
         yield from _batch_problem(parts, f"{where} ({stage.name})", stage)
     used = {source for stage in parts.stages.values() for source in stage.mixture}
-    if names and not any(source not in parts.sources for source in used):
+    if parts.all_stages:
         for source in sorted(set(parts.sources) - used):
             yield Problem(f"sources.{source}", "no stage's mixture uses this source; use it or remove it")
     yield from _engine_problems(parts)

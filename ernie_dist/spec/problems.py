@@ -59,6 +59,11 @@ def _message(item: Any, path: Sequence[int | str], model: type[BaseModel]) -> st
         return "unknown field; " + suggest(str(path[-1]), owner.model_fields if owner else ())
     if kind == "value_error":  # our own validators: they carry the remedy
         return detail
+    if kind == "model_type":
+        owner = _type_at(path, model)
+        return "needs a mapping of fields; " + suggest("", owner.model_fields if owner else ())
+    if kind == "too_short":
+        return f"needs at least {item['ctx']['min_length']}"
     description = _description(path, model)
     wanted = f" ({description})" if description else ""
     if kind == "missing":

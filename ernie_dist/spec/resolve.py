@@ -127,6 +127,12 @@ class ResolvedJob(Strict):
             before, after = self.consumed_tokens(before), self.consumed_tokens(after)
         return before // int(interval.amount) < after // int(interval.amount)
 
+    def engine_identity(self, world_size: int) -> str:
+        """What a checkpoint of this job fits: the engine, its precision and the number of ranks."""
+        engine = self.spec.engine
+        kind = "plain" if engine.kind == "plain" else f"deepspeed {Path(engine.ds_config).stem}"
+        return f"{kind}, {engine.precision}, {world_size} rank(s)"
+
     def is_stage_end(self, batch_index: int) -> bool:
         """Whether the batch before `batch_index` was the last of its stage."""
         return batch_index in self._ends

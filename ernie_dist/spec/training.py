@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ernie_dist.spec.quantity import Count, Interval, Quantity, Span, Unit
 from ernie_dist.spec.strict import Strict
@@ -18,6 +19,11 @@ class ModelSpec(Strict):
     preset: str | None = Field(None, description="a named shape, initialised at random: ernie-4.5-0.3b")
     config: str | None = Field(None, description="a transformers config.json, initialised at random")
     override: dict[str, Any] = Field({}, description="config values to change, e.g. {num_hidden_layers: 4}")
+
+    @field_validator("from_pretrained", "config")
+    @classmethod
+    def _expanded(cls, value: str | None) -> str | None:
+        return os.path.expanduser(os.path.expandvars(value)) if value else value
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSpec:
