@@ -7,6 +7,7 @@ batch; ZeRO's mean over ranks then leaves the mean per labelled position, howeve
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -93,7 +94,8 @@ class DeepSpeedEngine:
         grad_norm = self._grad_norm_before_step()
         engine.step()
         if grad_norm is None:
-            grad_norm = float(engine.get_global_grad_norm())
+            norm = engine.get_global_grad_norm()  # None after a step that was skipped
+            grad_norm = math.nan if norm is None else float(norm)
         loss = self._world.sum(total).item() / max(1, loss_tokens)
         return StepResult(loss, grad_norm, loss_tokens, applied=engine.was_step_applied())
 

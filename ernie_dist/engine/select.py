@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ernie_dist.batch import MicroBatch
 from ernie_dist.engine.base import Engine
+from ernie_dist.spec.errors import SpecError
 from ernie_dist.spec.training import EngineSpec, OptimizerSpec
 from ernie_dist.world import World
 
@@ -30,6 +31,8 @@ def build_engine(
     if precision == "auto":
         precision = "bf16" if world.device.type == "cuda" else "fp32"
     make: Callable[..., Engine]
+    if precision == "fp16" and world.device.type == "cpu":
+        raise SpecError('engine.precision = "fp16": needs a GPU; use auto, bf16 or fp32 on CPU ranks')
     if spec.kind == "plain":
         from ernie_dist.engine.plain import PlainEngine as make
     else:

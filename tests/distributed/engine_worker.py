@@ -4,6 +4,7 @@ arguments: JSON with `cases` (EngineSpec fields plus `micro`) and `steps`
 """
 
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,10 @@ def batch(step: int, world: World, micro: int) -> Batch:
 def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
     spec = EngineSpec(**{key: value for key, value in case.items() if key != "micro"})
     build = partial(build_model, MODEL, VOCABULARY, 17, spec.gradient_checkpointing)
-    engine = build_engine(spec, OptimizerSpec(), [FREEZE], build, summed_loss, world)
+    poison = [1.0]
+    engine = build_engine(
+        spec, OptimizerSpec(), [FREEZE], build, lambda model, rows: summed_loss(model, rows) * poison[0], world
+    )
     micro, results = case["micro"], []
     for step in range(steps):
         engine.freeze(FREEZE if step == 1 else ())
@@ -59,6 +63,10 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
             world.barrier()
     held_out: list[MicroBatch] = list(batch(99, world, micro).micro_batches)
     loss, tokens = engine.evaluate(held_out)
+    poison[0] = math.inf
+    overflow = engine.step(batch(steps, world, micro), 1e-2)
+    poison[0] = 1.0
+    after_overflow = list(engine.evaluate(held_out))
     engine.close()
 
     again = build_engine(spec, OptimizerSpec(), [FREEZE], build, summed_loss, world)
@@ -73,6 +81,8 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
         "tokens": [result.loss_tokens for result in results],
         "applied": all(result.applied for result in results),
         "replay": replay,
+        "overflow_applied": overflow.applied,
+        "after_overflow": after_overflow,
         "held_out": [loss, tokens],
         "weights": {name: float(tensor.double().abs().sum()) for name, tensor in sorted(weights.items())},
     }
