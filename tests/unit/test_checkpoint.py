@@ -149,6 +149,10 @@ DAMAGE = {
     "half a manifest": lambda folder: os.truncate(folder / "manifest.json", 30),
     "manifest of zeros": manifest(b"\0" * 200),
     "manifest not utf-8": manifest(b"\xff\xfe\xfa"),
+    "manifest of another kind": manifest("[]"),
+    "manifest of no files": manifest('{"files": {}}'),
+    "manifest with a list": manifest('{"files": ["engine/state.pt"]}'),
+    "manifest without hashes": manifest('{"files": {"engine/state.pt": {}}}'),
 }
 
 
@@ -178,6 +182,16 @@ def test_when_all_are_bad_the_run_does_not_start_over(run: Run) -> None:
     assert "step_00000002" in str(error.value) and "step_00000004" in str(error.value)
     assert "copy" in str(error.value) and "move them away" in str(error.value)
     assert torch.equal(again.weights(), before), "nothing of a bad checkpoint reaches the engine"
+
+
+def test_a_bad_newer_checkpoint_never_pushes_out_a_good_one(run: Run) -> None:
+    flip_a_bit(run.folder / "step_00000004")
+    again = Run(run.folder, make_job(checkpoint={"every": "100 steps", "keep_last": 1}))
+    again.restore()
+    again.train(1)
+    again.save()
+    last = Run(run.folder)
+    assert last.restore().progress == again.progress and torch.equal(last.weights(), again.weights())
 
 
 def test_a_past_under_another_description_is_refused_and_a_new_future_is_not(run: Run) -> None:

@@ -230,6 +230,7 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "loader"]
 
 
+@pytest.mark.timeout(30)  # a lost error leaves the loop waiting
 def test_an_error_while_reading_ahead_reaches_the_loop_in_its_turn(job: ResolvedJob, tmp_path: Path) -> None:
     mixed, sft = job.stages[:2]
     stages = (

@@ -161,6 +161,11 @@ def test_a_folder_that_is_no_export_is_left_alone(run: Trained, tmp_path: Path) 
     (mine / "thesis.txt").write_text("years of work")
     with pytest.raises(CheckpointError, match=r"mine: exists and is not an export; give another folder"):
         export_model(run.job, run.checkpoints[1], mine)
+    (mine / "config.json").write_text("{}")  # many things have one
+    with pytest.raises(CheckpointError, match=r"mine: exists and is not an export; give another folder"):
+        export_model(run.job, run.checkpoints[1], mine)
+    with pytest.raises(CheckpointError, match=r"thesis\.txt: exists"):
+        export_model(run.job, run.checkpoints[1], mine / "thesis.txt")
     assert (mine / "thesis.txt").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
     assert export_model(run.job, None, tmp_path / "empty").is_dir()

@@ -83,6 +83,10 @@ BAD_JOBS = {
     "does not divide": ("tokens_per_batch: 512", "tokens_per_batch: 500", ["tokens_per_batch 500", "448 or 512"]),
     "misspelt field": ("peak: 1e-3", "paek: 1e-3", ["schedule.paek", 'did you mean "peak"?', "schedule.peak"]),
     "two ranks": ("kind: plain}", "kind: plain}\nresources: {nodes: 2}", ["engine.kind", "--ranks 1"]),
+    "braces without quotes": ("text: text", "text: {{text}}", ["job.yaml, line 6", "not valid YAML"]),
+    "no time at all": ("2 steps", "0 steps", ["curriculum.0.duration", "greater than zero"]),
+    "unknown preset": ("4.5-tiny", "4.5-tinny", ["model.preset", 'did you mean "ernie-4.5-tiny"?']),
+    "unknown engine file": ("kind: plain", "ds_config: zero7", ["zero7", 'did you mean "zero', "packaged: zero0"]),
 }  # fmt: skip
 
 
@@ -97,6 +101,11 @@ def test_a_bad_job_is_refused_before_anything_starts(
     said = refusal(verb, "job.yaml")
     assert [words for words in expected if words not in said] == [], said
     assert sorted(here.rglob("*")) == before, "nothing was written"
+
+
+def test_ranks_for_a_job_whose_resources_are_no_mapping(here: Path, refusal: Callable[..., str]) -> None:
+    edit("engine: {kind: plain}", "resources: 4")
+    assert "resources = 4" in refusal("plan", "job.yaml", "--ranks", "2")
 
 
 def empty(path: Path) -> None:
@@ -259,6 +268,31 @@ def test_steps_without_a_checkpoint_are_a_past_too(tmp_path: Path) -> None:
     assert run.freeze(resolved(durations=("6 steps", "9 steps")))
     with pytest.raises(RunDirError, match="another job"):
         run.freeze(resolved(durations=("9 steps", "9 steps")))
+
+
+def test_a_damaged_newest_checkpoint_is_no_reason_to_fail_outside_the_job(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.freeze(resolved())
+    begin(run, 1)
+    begin(run, 2)
+    for content in ("", "[]", "\0" * 20):
+        (run.files.checkpoints / "step_00000002" / "progress.json").write_text(content)
+        assert run.freeze(run.job()) == []
+
+
+@pytest.mark.parametrize("name", ["error.json", "outcome.json"])
+def test_a_torn_ending_is_as_good_as_none(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir(tmp_path / "run")
+    run.freeze(resolved())
+    number = run.new_attempt()
+    (run.files.attempt(number) / name).write_text('{"exit_co')
+    assert main(["status", str(run.root)]) == 0
+    assert "not running" in capsys.readouterr().out
+
+
+def test_a_run_dir_that_is_a_file_is_refused(here: Path, refusal: Callable[..., str]) -> None:
+    assert "job.yaml" in refusal("launch", "job.yaml", "--run-dir", "job.yaml", "--workers", "1")
+    assert (here / "job.yaml").read_text() == JOB
 
 
 def test_launch_refuses_a_directory_of_another_job_of_other_data_or_of_something_else(

@@ -170,6 +170,18 @@ def test_every_mistake_is_told_at_once_with_field_value_and_remedy() -> None:
     assert {field: said for field, said in expected.items() if said not in found.get(field, "")} == {}
 
 
+def test_mistakes_between_fields_are_told_together_with_those_of_one_field() -> None:
+    job = raw(engine={"kind": "plain"})
+    job["curriculum"][0]["duration"] = "30B"
+    job["curriculum"][2]["mixture"] = {"aq": 1.0}
+    del job["curriculum"][1]["sequence_length"]
+    found = mistakes(job)
+    assert 'curriculum.0.duration = "30B"\n      needs an amount with its unit' in found["curriculum.0.duration"]
+    assert "is required" in found["curriculum.1.sequence_length"]
+    assert 'unknown source; did you mean "qa"?' in found["curriculum.2.mixture.aq"]
+    assert "--ranks 1" in found["engine.kind"]
+
+
 def test_mistakes_between_fields_are_all_told() -> None:
     job = raw(tokens_per_batch=1_000_000, engine={"kind": "plain"}, checkpoint={"every": "0 steps"})
     job["curriculum"][1] |= {"name": "general", "tokens_per_batch": "1M", "mixture": {"law": 0.5, "wed": 0.5}}
@@ -231,6 +243,7 @@ def test_a_source_is_read_in_exactly_one_way(change: dict[str, Any]) -> None:
     job["sources"]["law"] |= change
     found = mistakes(job)
     assert any(field.startswith("sources.law") for field in found)
+    assert all(field.startswith("sources.law") for field in found), "it is not unknown to the stages that use it"
 
 
 @pytest.mark.parametrize(
@@ -244,6 +257,8 @@ def test_a_source_is_read_in_exactly_one_way(change: dict[str, Any]) -> None:
         (b"", r"a job is a YAML mapping .* got NoneType"),
         (b"- 1\n", r"a job is a YAML mapping .* got list"),
         (b"1: 2\n", r"mistakes in job\.yaml"),
+        (b"name: a\nsources: {web: {text: {{ask}}}}\n", r"line 2"),
+        (b"? [a, b]\n: 1\n", r"line 1"),
     ],
 )
 def test_a_file_that_is_no_job_is_refused_with_its_line(tmp_path: Path, content: bytes, said: str) -> None:
@@ -267,6 +282,10 @@ def test_a_file_that_is_no_job_is_refused_with_its_line(tmp_path: Path, content:
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage must be 0, 1, 2 or 3"),
         ({"zero_optimization": {}}, "zero_optimization.stage must be"),
         ("not json", "not valid JSON"),
+        ([], "zero_optimization"),
+        ({"zero_optimization": None}, "zero_optimization.stage must be"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, 'remove "mics_shard_size"'),
+        ({"zero_optimization": {"stage": 3, "zeropp_loco_param": {}}}, 'remove "zeropp_loco_param"'),
     ],
 )
 def test_a_deepspeed_file_holds_policy_only(tmp_path: Path, config: Any, said: str) -> None:
@@ -276,6 +295,19 @@ def test_a_deepspeed_file_holds_policy_only(tmp_path: Path, config: Any, said: s
     with pytest.raises(SpecError) as error:
         read_ds_config(str(path))
     assert said in str(error.value) and "mine.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": {"preset": "ernie-4.5-0.3"}}, 'did you mean "ernie-4.5-0.3b"?'),
+        ({"engine": {"ds_config": "zero4"}}, "packaged: zero0"),
+        ({"curriculum": stages({"duration": "0 tokens"}, {}, {})}, "greater than zero"),
+    ],
+)
+def test_what_no_data_is_needed_for_is_refused_with_the_rest(change: dict[str, Any], said: str) -> None:
+    found = mistakes(raw(**change, chekpoint={}))
+    assert any(said in text for text in found.values()) and "chekpoint" in found
 
 
 # --- --set -------------------------------------------------------------------------------------------------------
@@ -424,6 +456,13 @@ def test_a_source_with_too_few_tokens_says_how_many_epochs_that_is() -> None:
     assert resolved(counted, web=small).stages[0].batches == -(-7_000_000 // 256)
     with pytest.raises(SpecError, match="2 mistakes"):
         resolved(example(), web=small, law=small.model_copy(update={"sequences": 1000}))
+
+
+def test_a_source_that_a_short_stage_hardly_reaches_is_no_reason_to_crash() -> None:
+    job = resolved(
+        example(curriculum=stages({}, {"duration": "1 steps", "mixture": {"law": 0.999, "medical": 0.001}}, {}))
+    )
+    assert job.stages[1].batches == 1
 
 
 def test_where_a_run_is_follows_from_the_batch_index() -> None:
