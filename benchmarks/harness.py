@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -67,8 +68,8 @@ def keep(name: str, result: Mapping[str, Any], *, quick: bool) -> None:
 
 
 def say(text: str) -> None:
-    """Progress, seen at once even through a pipe."""
-    print(text, flush=True)
+    """Progress, seen at once even through a pipe, and even where sys.stdout was pointed elsewhere."""
+    print(text, flush=True, file=sys.__stdout__)
 
 
 def _machine() -> dict[str, Any]:

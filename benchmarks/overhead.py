@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,7 +154,8 @@ class _Worker:
         self._load_batches = training.load_batches
         # The one place where train() gives up control between two steps without noticing: as it asks for a batch.
         training.load_batches = self._batches
-        with (self._run_dir / "console").open("w", encoding="utf-8") as console:
+        # As in a launched rank, whose output goes to its log.
+        with (self._run_dir / f"rank_{world.rank}.log").open("w", encoding="utf-8") as console, redirect_stdout(console):
             training.train(self._run_dir, 1, world, console)
         bare = self._bare.losses(world)
         if world.is_main:
