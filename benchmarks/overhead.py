@@ -155,7 +155,10 @@ class _Worker:
         # The one place where train() gives up control between two steps without noticing: as it asks for a batch.
         training.load_batches = self._batches
         # As in a launched rank, whose output goes to its log.
-        with (self._run_dir / f"rank_{world.rank}.log").open("w", encoding="utf-8") as console, redirect_stdout(console):
+        with (
+            (self._run_dir / f"rank_{world.rank}.log").open("w", encoding="utf-8") as console,
+            redirect_stdout(console),
+        ):
             training.train(self._run_dir, 1, world, console)
         bare = self._bare.losses(world)
         if world.is_main:
