@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 import shutil
 import sys
@@ -16,7 +15,7 @@ import torch
 
 from ernie_dist.checkpoint import CheckpointStore
 from ernie_dist.data.loader import BatchLoader, load_batches
-from ernie_dist.engine.base import Engine
+from ernie_dist.engine.base import Engine, StepResult
 from ernie_dist.engine.select import build_engine
 from ernie_dist.evaluate.held_out import HeldOut
 from ernie_dist.events.console import ConsoleSink
@@ -46,8 +45,6 @@ from ernie_dist.spec.shape import ModelShape
 from ernie_dist.stop import StopRequest
 from ernie_dist.world import World
 
-log = logging.getLogger(__name__)
-
 
 def train(run_dir: Path, attempt: int, world: World, console: IO[str]) -> bool:
     """Runs or goes on with the job of a run directory. True when it is finished, False when it stopped on request."""
@@ -74,23 +71,7 @@ def train(run_dir: Path, attempt: int, world: World, console: IO[str]) -> bool:
         rate = learning_rate(job, progress)
         result = engine.step(batch, rate)
         progress = progress.after(batch.sequence_ids)
-        speed, mfu = meter.step(stage)
-        events.emit(
-            StepFinished(
-                step=progress.step,
-                stage=stage.name,
-                loss=result.loss,
-                learning_rate=rate,
-                grad_norm=result.grad_norm,
-                consumed_tokens=job.consumed_tokens(progress.batch_index),
-                loss_tokens=result.loss_tokens,
-                tokens_per_second=speed,
-                mfu=mfu,
-                attempt=attempt,
-                batch_hash=progress.batch_hash,
-                applied=result.applied,
-            )
-        )
+        events.emit(_step_finished(job, stage, progress, rate, result, meter, attempt))
         every = job.spec.evaluate.every
         if job.is_stage_end(progress.batch_index) or (every and job.crosses(every, progress.batch_index)):
             _evaluate(engine, held_out, job, progress, stage.name, events)
@@ -167,6 +148,32 @@ def _refuse_full_disk(files: RunFiles, job: ResolvedJob, engine: Engine) -> None
 def _stage_started(job: ResolvedJob, stage: ResolvedStage, progress: Progress) -> StageStarted:
     number = job.stages.index(stage)
     return StageStarted(progress.step, stage.name, number, stage.batches, job.consumed_tokens(progress.batch_index))
+
+
+def _step_finished(
+    job: ResolvedJob,
+    stage: ResolvedStage,
+    progress: Progress,
+    rate: float,
+    result: StepResult,
+    meter: _Meter,
+    attempt: int,
+) -> StepFinished:
+    speed, mfu = meter.step(stage)
+    return StepFinished(
+        step=progress.step,
+        stage=stage.name,
+        loss=result.loss,
+        learning_rate=rate,
+        grad_norm=result.grad_norm,
+        consumed_tokens=job.consumed_tokens(progress.batch_index),
+        loss_tokens=result.loss_tokens,
+        tokens_per_second=speed,
+        mfu=mfu,
+        attempt=attempt,
+        batch_hash=progress.batch_hash,
+        applied=result.applied,
+    )
 
 
 def _attempt_started(

@@ -23,7 +23,8 @@ def test_the_recipe_trains_all_three_stages_on_real_data(tmp_path, shared_data, 
         "curriculum.domain.duration": "3 steps",
         "curriculum.sft.duration": "3 steps",
         "engine.micro_batch_size": "1",
-        "evaluate.max_tokens": "512",
+        "evaluate.sequence_length": "64",
+        "evaluate.max_tokens": "128",
         "checkpoint.every": "100 steps",
     }
     sets = [part for field, value in small.items() for part in ("--set", f"{field}={value}")]
