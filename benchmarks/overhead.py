@@ -170,10 +170,10 @@ class _Worker:
             (self._run_dir / _RESULT).write_text(json.dumps(measured), encoding="utf-8")
         world.close()
 
-    def _batches(self, loader: BatchLoader, first: int, end: int) -> Iterator[Batch]:
+    def _batches(self, loader: BatchLoader, first: int, end: int, *, ahead: int) -> Iterator[Batch]:
         """What load_batches yields; a block of the bare loop runs before or after each block of it."""
         plan, self._bare = self._plan, _BareLoop(self._job, self._world, [loader[index] for index in range(first, end)])
-        batches = self._load_batches(loader, first, end)
+        batches = self._load_batches(loader, first, end, ahead=ahead)
         for _ in range(plan.warm_up):
             yield next(batches)
         self._bare.steps(plan.warm_up)

@@ -180,12 +180,15 @@ def verify(folder: Path) -> str | None:
         return f"{_MANIFEST} does not list {PROGRESS}"
     for name, (size, digest) in files.items():
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
-        if _digest(path) != digest:
-            return f"{name} differs from what was written"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+            if _digest(path) != digest:
+                return f"{name} differs from what was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 

@@ -63,7 +63,8 @@ def train(run_dir: Path, attempt: int, world: World, console: IO[str]) -> bool:
         _evaluate(engine, held_out, job, progress, "start", events)
 
     stage, stopping = None, False
-    for batch in load_batches(BatchLoader(job, world), progress.batch_index, job.total_batches):
+    ahead = 2 if world.device.type == "cuda" else 0
+    for batch in load_batches(BatchLoader(job, world), progress.batch_index, job.total_batches, ahead=ahead):
         if stage is None or batch.index == stage.end_batch:
             stage = job.stage_at(batch.index)
             engine.freeze(stage.freeze)

@@ -99,7 +99,13 @@ class BatchLoader:
 
 
 def load_batches(loader: BatchLoader, first: int, end: int, *, ahead: int = 2) -> Iterator[Batch]:
-    """Batches first, first + 1, ... end - 1, read by one thread that stays at most `ahead` batches in front."""
+    """Batches first, first + 1, ... end - 1, read by one thread that stays at most `ahead` batches in front.
+
+    With ahead = 0 there is no thread: where a rank computes on the CPU, one would only take its core.
+    """
+    if ahead == 0:
+        yield from (loader[index] for index in range(first, end))
+        return
     ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=ahead)
     closed = threading.Event()
 

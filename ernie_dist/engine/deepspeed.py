@@ -80,7 +80,8 @@ class DeepSpeedEngine:
 
     def step(self, batch: Batch, learning_rate: float) -> StepResult:
         engine = self._engine
-        engine.train()
+        if not engine.training:  # walks every module: after an evaluation only
+            engine.train()
         labelled = sum(int((micro.labels_BT != IGNORED).sum()) for micro in batch.micro_batches)
         loss_tokens = int(self._world.sum(torch.tensor(labelled)))
         scale = self._world.size / max(1, loss_tokens)

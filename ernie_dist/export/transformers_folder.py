@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -39,8 +40,8 @@ def export_model(job: ResolvedJob, checkpoint: Path | None, to: Path) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    aside = to.with_name(to.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    aside = to.with_name(f".{to.name}.{os.getpid()}")
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     origin = {"run": job.spec.name, "checkpoint": checkpoint.name if checkpoint else None, "format": job.format}

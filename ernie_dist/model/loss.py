@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from ernie_dist.batch import IGNORED, MicroBatch
 from ernie_dist.model.attention import documents_of
+
+_AT_ONCE = 1 << 21
+"""logits worked on in one go: few enough to stay in a processor's cache"""
 
 
 def summed_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -22,4 +26,28 @@ def summed_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     ).last_hidden_state
     labelled = batch.labels_BT != IGNORED
     logits_NV = model.lm_head(hidden_BTD[labelled])
-    return cross_entropy(logits_NV.float(), batch.labels_BT[labelled], reduction="sum")
+    return _SummedCrossEntropy.apply(logits_NV.float(), batch.labels_BT[labelled])
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Sum of logsumexp(logits) - logits[label]. The gradient, softmax - one_hot, is made in the logits' own memory:
+    with a vocabulary of 100,000 every further [N, V] tensor costs more than the layers below."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+        normalisers_N = torch.cat([part.logsumexp(dim=1) for part in logits_NV.split(_rows_at_once(logits_NV))])
+        ctx.save_for_backward(logits_NV, labels_N, normalisers_N)
+        return (normalisers_N - logits_NV.gather(1, labels_N[:, None])[:, 0]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        logits_NV, labels_N, normalisers_N = ctx.saved_tensors
+        rows = _rows_at_once(logits_NV)
+        for part, normalisers in zip(logits_NV.split(rows), normalisers_N.split(rows), strict=True):
+            part.sub_(normalisers[:, None]).exp_().mul_(scale)
+        gradient_NV = logits_NV.scatter_add_(1, labels_N[:, None], -scale.expand(len(labels_N), 1))
+        return gradient_NV, None
+
+
+def _rows_at_once(logits_NV: torch.Tensor) -> int:
+    return max(1, _AT_ONCE // logits_NV.shape[1])

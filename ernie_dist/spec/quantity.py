@@ -72,7 +72,7 @@ def parse_count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError('needs a whole number such as 1048576 or "1M" (= 1024 * 1024)')
     match = _AMOUNT.match(str(value))
-    if match is None or match[3].lower() not in ("", "tokens", "token"):
+    if match is None or match[3]:
         raise ValueError('needs a whole number such as 1048576 or "1M" (= 1024 * 1024)')
     number = _scaled(match[1], match[2], binary=True)
     if number != int(number) or number < 1:

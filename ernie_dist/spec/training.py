@@ -72,6 +72,8 @@ class ScheduleSpec(Strict):
             raise ValueError(f"minimum {self.minimum:g} is above peak {self.peak:g}")
         if self.kind != "wsd" and self.decay is not None:
             raise ValueError(f"decay belongs to wsd; a {self.kind} schedule has none")
+        if self.kind == "wsd" and self.decay is None and self.minimum:
+            raise ValueError(f"minimum {self.minimum:g} is reached by wsd's decay: give decay, e.g. 10 %")
         for name in ("warmup", "decay"):
             value = getattr(self, name)
             if value is not None and value.unit is Unit.PERCENT and value.amount > 100:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from ernie_dist import checkpoint
 from ernie_dist.batch import Batch, stack
 from ernie_dist.checkpoint import CheckpointStore, verify
 from ernie_dist.engine.select import build_engine
@@ -317,3 +318,21 @@ def test_a_save_that_fails_leaves_the_one_before_untouched(run: Run, monkeypatch
         run.restore()
     run.train(2)
     assert Run(run.folder).restore().progress.step == 6
+
+
+def test_a_disk_error_while_verifying_is_a_reason_and_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "step_00000001"
+    folder.mkdir()
+    (folder / "progress.json").write_text("{}")
+    entry = checkpoint._entry(folder / "progress.json")
+    (folder / "manifest.json").write_text(json.dumps({"files": {"progress.json": entry}}))
+
+    real = Path.open
+
+    def failing(path: Path, mode: str = "r", *rest, **options):
+        if path.name == "progress.json":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", failing)
+    assert "Input/output error" in (checkpoint.verify(folder) or "")
