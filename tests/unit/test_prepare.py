@@ -132,9 +132,10 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, tokenizer: 
 
 
 KILLED = """
-import json, sys, time
+import json, signal, sys, time
 from pathlib import Path
 from ernie_dist.data import readers, tokenise
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
 from ernie_dist.data.prepare import prepare
 from ernie_dist.spec.job import JobSpec
 readers.BLOCK_BYTES, tokenise.SHARD_BYTES = 5_000, 30_000
@@ -205,10 +206,10 @@ def test_a_second_run_does_nothing_and_a_new_stage_or_policy_tokenises_nothing(
 ) -> None:
     sources = text_and_chat(write(tmp_path / "a.jsonl", rows(300)))
     first = prepare(job(tmp_path, tokenizer, **sources))
-    before, began = times(tmp_path), time.monotonic()
+    before = times(tmp_path)
     monkeypatch.setattr(prepare_module, "Workers", None)  # anything to do would fail
     assert prepare(job(tmp_path, tokenizer, **sources)) == first
-    assert times(tmp_path) == before and time.monotonic() - began < 2
+    assert times(tmp_path) == before
     assert differences(first, survey(job(tmp_path, tokenizer, **sources))) == []
 
     longer = prepare(job(tmp_path, tokenizer, (256, 512), **sources))
