@@ -69,7 +69,14 @@ class CheckpointStore:
         final = self._folder / f"step_{progress.step:08d}"
         aside = final.with_suffix(".tmp")
         self._together(lambda: _empty(aside / _ENGINE), on_main=True, what=f"{aside} cannot be created")
-        self._together(lambda: engine.save(aside / _ENGINE), what=f"{aside} cannot be written")
+        try:
+            engine.save(aside / _ENGINE)
+        except (OSError, RuntimeError) as error:
+            # A collective: the others wait inside it, not where we could tell them. This rank ends, and ends them.
+            raise CheckpointError(
+                f"{aside} cannot be written: {error}; the checkpoint before it is untouched. "
+                "Free space or mend the disk"
+            ) from error
         mine = self._together(lambda: self._hash_share(aside), what=f"{aside} cannot be read back")
         files = {name: entry for part in self._world.gather(mine) for name, entry in part.items()}
         self._together(lambda: self._commit(aside, final, progress, files), on_main=True, what=f"{final}: no commit")
@@ -118,6 +125,12 @@ class CheckpointStore:
                 f"{folder}: was saved with {state['engine']}, this attempt has {engine}; go on with the same "
                 "engine and number of ranks (--ranks)"
             )
+        device = self._world.device.type
+        if state["device"] != device:
+            raise CheckpointError(
+                f"{folder}: was saved on {state['device']} ranks, this attempt runs on {device}: its numbers "
+                "would change; go on where it began"
+            )
         return progress
 
     def _set_aside(self, folders: list[Path]) -> None:
@@ -139,6 +152,7 @@ class CheckpointStore:
             "progress": progress.to_json(),
             "stages": [[stage.name, stage.fingerprint] for stage in begun],
             "engine": self._job.engine_identity(self._world.size),
+            "device": self._world.device.type,
             "consumed_tokens": self._job.consumed_tokens(progress.batch_index),
         }
         _write(aside / PROGRESS, json.dumps(state, indent=1))

@@ -23,12 +23,12 @@ def learning_rate(job: ResolvedJob, progress: Progress) -> float:
 def rate_at(stage: ResolvedStage, position: int) -> float:
     """The rate after `position` tokens of the stretch that shares the stage's schedule; the minimum at its end."""
     schedule, total = stage.schedule, stage.schedule_tokens
-    warmup = _tokens(schedule.warmup, stage)
+    warmup = _tokens(schedule.warmup, stage, stage.schedule_first_batch)
     if position < warmup:
         return schedule.peak * position / warmup
     if schedule.kind == "constant":
         return schedule.peak
-    decay = _tokens(schedule.decay, stage) if schedule.decay else 0
+    decay = _tokens(schedule.decay, stage, stage.schedule_last_batch) if schedule.decay else 0
     begin = max(warmup, total - decay) if schedule.kind == "wsd" else warmup
     if position <= begin or total <= begin:
         return schedule.peak
@@ -41,7 +41,7 @@ def rate_at(stage: ResolvedStage, position: int) -> float:
     return schedule.minimum + (schedule.peak - schedule.minimum) * left
 
 
-def _tokens(span: Quantity, stage: ResolvedStage) -> int:
+def _tokens(span: Quantity, stage: ResolvedStage, tokens_per_batch: int) -> int:
     if span.unit is Unit.PERCENT:
         return round(span.amount / 100 * stage.schedule_tokens)
-    return int(span.amount * (stage.tokens_per_batch if span.unit is Unit.STEPS else 1))
+    return int(span.amount * (tokens_per_batch if span.unit is Unit.STEPS else 1))

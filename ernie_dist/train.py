@@ -61,6 +61,7 @@ def train(run_dir: Path, attempt: int, world: World, console: IO[str]) -> bool:
     held_out, meter = HeldOut(job, world), _Meter(job, engine, world)
     if progress.batch_index == 0:
         _evaluate(engine, held_out, job, progress, "start", events)
+        meter.resume()
 
     stage, stopping = None, False
     ahead = 2 if world.device.type == "cuda" else 0

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ernie_dist.spec.errors import EnvironmentProblem
+
 
 @dataclass(frozen=True)
 class World:
@@ -40,6 +42,11 @@ class World:
     def connect(self, timeout: timedelta = timedelta(minutes=30)) -> None:
         """Joins the process group: gloo for host tensors, NCCL for a GPU's."""
         if self.device.type == "cuda":
+            if self.local_rank >= torch.cuda.device_count():
+                raise EnvironmentProblem(
+                    f"{torch.cuda.device_count()} GPU(s) here, and local rank {self.local_rank} wants one of its own; "
+                    "lower resources.gpus_per_node or give --ranks"
+                )
             torch.cuda.set_device(self.device)
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=timeout)

@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `ernie logs | head`
         sys.stderr.close()
         return 0
+    except OSError as error:
+        print(f"ernie: {error.filename or 'this machine'}: {error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:

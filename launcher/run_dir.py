@@ -81,7 +81,7 @@ class RunDir:
     @contextmanager
     def owned(self) -> Iterator[None]:
         """Holds the run directory, or raises RunDirError if another launch on this host does."""
-        with self._lock() as got:
+        with self._lock(fcntl.LOCK_EX, tries=10) as got:
             if not got:
                 raise RunDirError(
                     f"{self.root}: another launch is running in it; watch it with `ernie status {self.root}`, "
@@ -91,7 +91,7 @@ class RunDir:
 
     def is_running(self) -> bool:
         """Whether a launch on this host holds the directory."""
-        with self._lock() as got:
+        with self._lock(fcntl.LOCK_SH, tries=1) as got:
             return not got
 
     def ending(self, attempt: int) -> dict[str, Any] | None:
@@ -102,13 +102,19 @@ class RunDir:
         return None
 
     @contextmanager
-    def _lock(self) -> Iterator[bool]:
+    def _lock(self, kind: int, *, tries: int) -> Iterator[bool]:
+        """Tries again for a moment: whoever only asks whether the run is going on holds the lock that long."""
         with (self.root / ".lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
+            for left in reversed(range(tries)):
+                try:
+                    fcntl.flock(file, kind | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if left:
+                        time.sleep(0.1)
+                        continue
+                    yield False
+                    return
+                break
             yield True
 
     def stages_begun(self) -> int:

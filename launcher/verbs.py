@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import sys
 import time
@@ -123,4 +124,4 @@ def _existing(path: str) -> RunDir:
 
 
 def _matches(pattern: str) -> bool:
-    return any(Path().glob(pattern)) if not Path(pattern).is_absolute() else any(Path("/").glob(pattern[1:]))
+    return bool(glob.glob(pattern, recursive=True))

@@ -1,4 +1,4 @@
-"""This rank's part of each batch, prefetched by one thread.
+"""This rank's part of each batch, read ahead by one thread where a GPU computes.
 
 sequence ids --pack plan--> pieces --token files--> rows [T] --stack--> MicroBatch [B, T]
 """

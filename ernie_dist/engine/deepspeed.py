@@ -61,8 +61,9 @@ class DeepSpeedEngine:
         pretrained: bool,
     ) -> None:
         self._world, self._device = world, world.device
+        self._training = False  # pretrained weights come in evaluation mode
         policy = read_ds_config(spec.ds_config)
-        self._zero_stage, self._max_grad_norm = zero_stage(policy), spec.max_grad_norm
+        self._zero_stage, self._fp32 = zero_stage(policy), precision == "fp32"
         config = _complete(policy, spec, precision, world.size)
         _connect(world)
         # While this object lives, transformers reads files straight into ZeRO-3's partitions. Random weights are not
@@ -70,7 +71,9 @@ class DeepSpeedEngine:
         partitioning = HfDeepSpeedConfig(config) if self._zero_stage == 3 and pretrained else None
         model = build()
         del partitioning
-        self.parameters, self.config = model.num_parameters(), model.config.to_dict()
+        # Under ZeRO-3 a partitioned parameter has no elements of its own; ds_numel remembers them.
+        self.parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+        self.config = model.config.to_dict()
         self._groups = ParameterGroups(model, freezes)
         groups = self._groups(optimizer)
         own = {"model_parameters": groups} if _cpu_adam(policy) else {"optimizer": adamw(groups, optimizer)}
@@ -80,8 +83,9 @@ class DeepSpeedEngine:
 
     def step(self, batch: Batch, learning_rate: float) -> StepResult:
         engine = self._engine
-        if not engine.training:  # walks every module: after an evaluation only
+        if not self._training:  # walks every module; DeepSpeed's own `training` never changes
             engine.train()
+            self._training = True
         labelled = sum(int((micro.labels_BT != IGNORED).sum()) for micro in batch.micro_batches)
         loss_tokens = int(self._world.sum(torch.tensor(labelled)))
         scale = self._world.size / max(1, loss_tokens)
@@ -103,6 +107,7 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:
         self._engine.eval()
+        self._training = False
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for micro in batches:
             sums[0] += self._engine(micro.to(self._device))
@@ -127,15 +132,18 @@ class DeepSpeedEngine:
         self._engine.destroy()
 
     def _grad_norm_before_step(self) -> float | None:
-        """ZeRO 0 does not report a norm: there the reduced gradients are whole on every rank, until the step."""
-        if self._zero_stage > 0 or self._engine.get_global_grad_norm() is not None:
+        """ZeRO 0 in fp32 reports no norm: there the reduced gradients are whole on every rank, until the step."""
+        if self._zero_stage > 0 or not self._fp32:
             return None
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         return nn.utils.get_total_norm(gradients).item()
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights the engine computes with, out of a folder written by `save`, whole and read by one process."""
+    """The model's weights out of a folder written by `save`, whole and read by one process.
+
+    In the precision the engine computes in; of ZeRO-3 the fp32 masters.
+    """
     whole = folder / _TAG / "mp_rank_00_model_states.pt"
     if whole.is_file():
         # weights_only=False: DeepSpeed stores its own classes. The store has verified the file's hash.

@@ -29,7 +29,8 @@ def build_engine(
     """`freezes`: every list of patterns that `Engine.freeze` will be called with; `pretrained`: build reads weights."""
     precision = spec.precision
     if precision == "auto":
-        precision = "bf16" if world.device.type == "cuda" else "fp32"
+        on_ampere = world.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+        precision = "bf16" if on_ampere else "fp32"
     make: Callable[..., Engine]
     if precision == "fp16" and world.device.type == "cpu":
         raise SpecError('engine.precision = "fp16": needs a GPU; use auto, bf16 or fp32 on CPU ranks')

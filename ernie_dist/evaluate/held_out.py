@@ -29,8 +29,9 @@ class HeldOut:
     """The validation sequences of a job, always the same ones in the same order."""
 
     def __init__(self, job: ResolvedJob, world: World) -> None:
-        self._world, self._size = world, job.spec.engine.micro_batch_size
-        self._length = job.spec.evaluation_length
+        self._world, self._length = world, job.spec.evaluation_length
+        fits = max(stage.micro_batch_size * stage.sequence_length for stage in job.stages)
+        self._size = max(1, min(job.spec.engine.micro_batch_size, fits // self._length))
         self._limit = max(1, job.spec.evaluate.max_tokens // self._length)
         self._readers: dict[str, SequenceReader] = {}
         for name, resolved in job.sources.items():

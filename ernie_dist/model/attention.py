@@ -36,8 +36,10 @@ def documents_of(document_ends: torch.Tensor, longest: int, rows: int, length: i
 
 
 def uses_flash(device: torch.device, dtype: torch.dtype) -> bool:
-    """Variable-length flash attention runs on CUDA in half precision."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    """Variable-length flash attention runs on CUDA in half precision, from Ampere on."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def packed_attention(

@@ -71,6 +71,10 @@ class ResolvedStage(Strict):
     schedule_first_token: int
     schedule_tokens: int
     """the stages that share one schedule are one stretch of tokens to it"""
+    schedule_first_batch: int
+    """tokens_per_batch where the stretch begins: what a step of warmup is"""
+    schedule_last_batch: int
+    """tokens_per_batch where it ends: what a step of decay is"""
     fingerprint: str
 
     @property
@@ -131,7 +135,10 @@ class ResolvedJob(Strict):
         """What a checkpoint of this job fits: the engine, its precision and the number of ranks."""
         engine = self.spec.engine
         kind = "plain" if engine.kind == "plain" else f"deepspeed {Path(engine.ds_config).stem}"
-        return f"{kind}, {engine.precision}, {world_size} rank(s)"
+        # Parameter groups follow from all freeze lists: with others, optimizer states would load into wrong places.
+        freezes = sorted({stage.freeze for stage in self.stages if stage.freeze})
+        frozen = f", freezing {' and '.join(' '.join(names) for names in freezes)}" if freezes else ""
+        return f"{kind}, {engine.precision}, {world_size} rank(s){frozen}"
 
     def is_stage_end(self, batch_index: int) -> bool:
         """Whether the batch before `batch_index` was the last of its stage."""
@@ -269,6 +276,8 @@ def _resolve_stage(
         schedule=schedule,
         schedule_first_token=0,
         schedule_tokens=0,
+        schedule_first_batch=tokens_per_batch,
+        schedule_last_batch=tokens_per_batch,
         fingerprint=fingerprint(json.loads(json.dumps(identity))),
     )
 
@@ -285,5 +294,11 @@ def _with_schedules(spec: JobSpec, stages: list[ResolvedStage]) -> tuple[Resolve
             last += 1
         start = stages[first].first_token
         end = stages[last].first_token + stages[last].batches * stages[last].tokens_per_batch
-        result.append(stage.model_copy(update={"schedule_first_token": start, "schedule_tokens": end - start}))
+        stretch = {
+            "schedule_first_token": start,
+            "schedule_tokens": end - start,
+            "schedule_first_batch": stages[first].tokens_per_batch,
+            "schedule_last_batch": stages[last].tokens_per_batch,
+        }
+        result.append(stage.model_copy(update=stretch))
     return tuple(result)

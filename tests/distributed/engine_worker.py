@@ -66,6 +66,8 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
     poison[0] = math.inf
     overflow = engine.step(batch(steps, world, micro), 1e-2)
     poison[0] = 1.0
+    trained = engine.model if spec.kind == "plain" else engine._engine.module.model
+    training = trained.training
     after_overflow = list(engine.evaluate(held_out))
     engine.close()
 
@@ -81,6 +83,7 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
         "tokens": [result.loss_tokens for result in results],
         "applied": all(result.applied for result in results),
         "replay": replay,
+        "training": training,
         "overflow_applied": overflow.applied,
         "after_overflow": after_overflow,
         "held_out": [loss, tokens],

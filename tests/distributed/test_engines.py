@@ -64,6 +64,7 @@ def test_every_engine_gives_the_same_steps_under_unequal_masks_and_freezing(tmp_
         assert result["held_out"] == close(reference["held_out"]), result["case"]
         assert result["tokens"] == reference["tokens"]
         assert result["applied"]
+        assert result["training"], "a step after an evaluation trains: recomputation and dropout depend on it"
         assert result["weights"].keys() >= reference["weights"].keys() - {"lm_head.weight"}
         if half:  # DeepSpeed looks for overflows in half precision only
             assert not result["overflow_applied"], "a step that was skipped says so"
