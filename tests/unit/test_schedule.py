@@ -122,3 +122,10 @@ def test_the_rate_depends_on_the_data_consumed_and_on_nothing_else() -> None:
     backwards = [learning_rate(job, Progress(0, index, "some hash")) for index in reversed(range(100))]
     assert backwards[::-1] == in_order
     assert rates(ResolvedJob.model_validate_json(job.model_dump_json())) == in_order, "what every rank reads"
+
+
+def test_spans_in_steps_mean_the_batches_at_the_end_they_lie_at() -> None:
+    stages = (50, {}), (50, {"tokens_per_batch": 4 * BATCH})
+    found = rates(make_job({"kind": "wsd", "warmup": "20 steps", "decay": "10 steps"}, *stages))
+    assert found[19] == PEAK and set(found[19:90]) == {PEAK}, "no second warm-up where batches become larger"
+    assert found[90] < PEAK and found[99] == pytest.approx(MINIMUM)
