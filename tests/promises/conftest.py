@@ -66,7 +66,7 @@ class Runs:
         while not happened():
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline, "it never happened"
-            time.sleep(0.01)
+            time.sleep(0.002)
         attempt = max(int(path.name) for path in self.files(run).attempts.iterdir())
         os.killpg(int(self.files(run).process(attempt).read_text()), signal.SIGKILL)
         process.communicate(timeout=60)

@@ -21,10 +21,14 @@ def test_killed_at_random_steps_and_in_the_middle_of_a_save_the_curve_is_the_sam
     for attempt, step in ((1, first), (2, second)):
         process = runs.start(run)
         runs.kill_when(run, process, lambda a=attempt, s=step: (runs.steps_of(run, a) or [0])[-1] >= s)
-    process = runs.start(run)
-    runs.kill_when(run, process, lambda: any(files.checkpoints.glob("step_00000030.tmp/engine/*/*")))
-    assert list(files.checkpoints.glob("*.tmp")), "the kill came too late to tear a save"
-    assert complete_checkpoints(files.checkpoints)[0].name == "step_00000025"
+    for step in (25, 30, 35):  # a save takes a tenth of a second: the kill may come too late
+        process = runs.start(run)
+        runs.kill_when(run, process, (files.checkpoints / f"step_{step:08d}.tmp" / "engine").exists)
+        if list(files.checkpoints.glob("*.tmp")):
+            break
+    assert list(files.checkpoints.glob("*.tmp")), "no kill came in the middle of a save"
+    before = f"step_{step - 5:08d}"
+    assert complete_checkpoints(files.checkpoints)[0].name == before
     runs.finish(run)
 
     assert runs.curve(run) == uninterrupted
@@ -32,8 +36,8 @@ def test_killed_at_random_steps_and_in_the_middle_of_a_save_the_curve_is_the_sam
     assert len(replays) >= 4
     assert all(replay.identical for replay in replays)
     restored = [event["checkpoint"] for event in read_events(files.events) if event["event"] == "Restored"]
-    assert len(restored) == 3
-    assert restored[-1] == "step_00000025"
+    assert len(restored) >= 3
+    assert restored[-1] == before
     assert not list(files.checkpoints.glob("*.tmp"))
 
 
