@@ -22,6 +22,7 @@ from ernie_dist.spec.ds_config import read_ds_config
 from ernie_dist.spec.errors import SpecError
 from ernie_dist.spec.problems import Problem, from_pydantic, refuse, suggest
 from ernie_dist.spec.quantity import Count
+from ernie_dist.spec.resilience import BadNumbersSpec, RestartSpec, WatchdogSpec
 from ernie_dist.spec.resources import ResourcesSpec
 from ernie_dist.spec.shape import config_values
 from ernie_dist.spec.strict import Strict
@@ -54,6 +55,9 @@ class JobSpec(Strict):
     checkpoint: CheckpointSpec = CheckpointSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     track: TrackSpec = TrackSpec()
+    restarts: RestartSpec = RestartSpec()
+    watchdog: WatchdogSpec = WatchdogSpec()
+    bad_numbers: BadNumbersSpec = BadNumbersSpec()
     resources: ResourcesSpec = ResourcesSpec()
     data_dir: str = Field("prepared", description="folder of tokenised sources, shared by jobs")
 
