@@ -19,9 +19,13 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
+    def pending(self) -> bool:
+        """Whether this rank knows of a request. Only rank 0 looks; nothing is communicated."""
+        return self._world.is_main and self._file.exists()
+
     def requested(self) -> bool:
         """Whether to stop now. Collective: the same answer on all ranks."""
-        return self._world.any(self._world.is_main and self._file.exists())
+        return self._world.any(self.pending())
 
     def reason(self) -> str:
         try:

@@ -71,14 +71,14 @@ def train(run_dir: Path, attempt: int, world: World, console: IO[str]) -> bool:
             engine.freeze(stage.freeze)
             events.emit(_stage_started(job, stage, progress))
         rate = learning_rate(job, progress)
-        result = engine.step(batch, rate)
+        result = engine.step(batch, rate, flag=stop.pending)
         progress = progress.after(batch.sequence_ids)
         events.emit(_step_finished(job, stage, progress, rate, result, meter, attempt))
         every = job.spec.evaluate.every
         if job.is_stage_end(progress.batch_index) or (every and job.crosses(every, progress.batch_index)):
             _evaluate(engine, held_out, job, progress, stage.name, events)
         finished = progress.batch_index == job.total_batches
-        stopping = stop.requested() and not finished
+        stopping = result.flagged and not finished
         if stopping or finished or store.due(progress):
             saved = store.save(engine, progress)
             events.emit(CheckpointSaved(progress.step, saved.folder.name, saved.bytes, saved.seconds))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -56,6 +56,18 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def begin_sum(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """`sum` that goes on while other work is done: call what it returns to wait for the result."""
+        if self.size == 1:
+            return lambda: tensor
+        under_way = dist.all_reduce(tensor, async_op=True)
+
+        def finished() -> torch.Tensor:
+            under_way.wait()
+            return tensor
+
+        return finished
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says yes. The same answer on all."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,17 @@ class StepResult:
     loss_tokens: int
     """labelled positions of the whole batch"""
     applied: bool
-    """False where the update was skipped (fp16 overflow)"""
+    """False where the update was left out: refused, or skipped by the engine (fp16 overflow)"""
+    flagged: bool
+    """whether any rank raised its flag"""
+
+
+def always(loss: float, grad_norm: float) -> bool:
+    return True
+
+
+def never() -> bool:
+    return False
 
 
 class Engine(Protocol):
@@ -37,8 +47,20 @@ class Engine(Protocol):
         """The transformers config values of the model."""
         ...
 
-    def step(self, batch: Batch, learning_rate: float) -> StepResult:
-        """Trains on one batch. Collective: every rank calls it with its part of the same global batch."""
+    def step(
+        self,
+        batch: Batch,
+        learning_rate: float,
+        *,
+        accepts: Callable[[float, float], bool] = always,
+        flag: Callable[[], bool] = never,
+    ) -> StepResult:
+        """Trains on one batch. Collective: every rank calls it with its part of the same global batch.
+
+        `accepts` is given the loss and the gradient norm before the weights change, and leaves them as they are with
+        False; it must say the same on all ranks. `flag` is a yes or no of this rank, carried along with the loss, so
+        that what all ranks have to agree on costs no message of its own.
+        """
         ...
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from ernie_dist.batch import IGNORED, Batch, MicroBatch
-from ernie_dist.engine.base import StepResult
+from ernie_dist.engine.base import StepResult, always, never
 from ernie_dist.engine.optimizer import ParameterGroups, adamw
 from ernie_dist.spec.ds_config import offloads, read_ds_config, zero_stage
 from ernie_dist.spec.errors import CheckpointError
@@ -80,29 +81,44 @@ class DeepSpeedEngine:
         if _cpu_adam(policy):
             config["optimizer"] = _adam_config(optimizer)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=_WithLoss(model, loss), config=config, **own)
+        self._accepted: Callable[[], bool] = lambda: True
+        self._guard_updates()
 
-    def step(self, batch: Batch, learning_rate: float) -> StepResult:
-        engine = self._engine
+    def step(
+        self,
+        batch: Batch,
+        learning_rate: float,
+        *,
+        accepts: Callable[[float, float], bool] = always,
+        flag: Callable[[], bool] = never,
+    ) -> StepResult:
+        engine, world = self._engine, self._world
         if not self._training:  # walks every module; DeepSpeed's own `training` never changes
             engine.train()
             self._training = True
         labelled = sum(int((micro.labels_BT != IGNORED).sum()) for micro in batch.micro_batches)
-        loss_tokens = int(self._world.sum(torch.tensor(labelled)))
-        scale = self._world.size / max(1, loss_tokens)
+        counted = world.begin_sum(torch.tensor(labelled))  # wanted by the first backward, not before
         self._groups.set_learning_rate(self._optimizer.param_groups, learning_rate)
-        total = torch.zeros((), device=self._device)
+        sums = torch.zeros(2, device=self._device)
         for number, micro in enumerate(batch.micro_batches, start=1):
             engine.set_gradient_accumulation_boundary(number == len(batch.micro_batches))
             summed = engine(micro.to(self._device))
-            total += summed.detach()
-            engine.backward(summed * scale, scale_wrt_gas=False)
-        grad_norm = self._grad_norm_before_step()
+            sums[0] += summed.detach()
+            engine.backward(summed * (world.size / max(1, int(counted()))), scale_wrt_gas=False)
+        sums[1] = float(flag())
+        summed_up = world.begin_sum(sums)
+        loss_tokens, before_clipping = int(counted()), self._grad_norm_before_step()
+
+        @cache
+        def accepted() -> bool:  # asked for every parameter group
+            return accepts(summed_up()[0].item() / max(1, loss_tokens), self._grad_norm(before_clipping))
+
+        self._accepted = accepted
         engine.step()
-        if grad_norm is None:
-            norm = engine.get_global_grad_norm()  # None after a step that was skipped
-            grad_norm = math.nan if norm is None else float(norm)
-        loss = self._world.sum(total).item() / max(1, loss_tokens)
-        return StepResult(loss, grad_norm, loss_tokens, applied=engine.was_step_applied())
+        total, flags = summed_up().tolist()
+        norm = self._grad_norm(before_clipping)
+        applied = engine.was_step_applied() and accepted()
+        return StepResult(total / max(1, loss_tokens), norm, loss_tokens, applied, flagged=flags > 0)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:
@@ -131,12 +147,24 @@ class DeepSpeedEngine:
     def close(self) -> None:
         self._engine.destroy()
 
+    def _guard_updates(self) -> None:
+        """The weights change only when torch's optimizer steps; ZeRO knows the norm by then, and calls it last."""
+        optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
+        update = optimizer.step
+        optimizer.step = lambda *given, **named: update(*given, **named) if self._accepted() else None
+
     def _grad_norm_before_step(self) -> float | None:
         """ZeRO 0 in fp32 reports no norm: there the reduced gradients are whole on every rank, until the step."""
         if self._zero_stage > 0 or not self._fp32:
             return None
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         return nn.utils.get_total_norm(gradients).item()
+
+    def _grad_norm(self, before_step: float | None) -> float:
+        if before_step is not None:
+            return before_step
+        norm = self._optimizer._global_grad_norm  # the engine's own copy is taken after the step
+        return math.nan if norm is None else float(norm)
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ernie_dist.batch import IGNORED, Batch, MicroBatch
-from ernie_dist.engine.base import StepResult
+from ernie_dist.engine.base import StepResult, always, never
 from ernie_dist.engine.optimizer import ParameterGroups, adamw
 from ernie_dist.spec.errors import SpecError
 from ernie_dist.spec.training import EngineSpec, OptimizerSpec
@@ -47,7 +47,14 @@ class PlainEngine:
         self._groups = ParameterGroups(self.model, freezes)
         self._optimizer = adamw(self._groups(optimizer), optimizer)
 
-    def step(self, batch: Batch, learning_rate: float) -> StepResult:
+    def step(
+        self,
+        batch: Batch,
+        learning_rate: float,
+        *,
+        accepts: Callable[[float, float], bool] = always,
+        flag: Callable[[], bool] = never,
+    ) -> StepResult:
         self.model.train()
         loss_tokens = sum(int((micro.labels_BT != IGNORED).sum()) for micro in batch.micro_batches)
         total = torch.zeros((), device=self._device)
@@ -56,11 +63,14 @@ class PlainEngine:
                 summed = self._loss(self.model, micro.to(self._device))
             (summed / max(1, loss_tokens)).backward()
             total += summed.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
-        self._groups.set_learning_rate(self._optimizer.param_groups, learning_rate)
-        self._optimizer.step()
+        loss = total.item() / max(1, loss_tokens)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm).item()
+        applied = accepts(loss, norm)
+        if applied:
+            self._groups.set_learning_rate(self._optimizer.param_groups, learning_rate)
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(total.item() / max(1, loss_tokens), norm.item(), loss_tokens, applied=True)
+        return StepResult(loss, norm, loss_tokens, applied, flagged=flag())
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:

@@ -64,11 +64,18 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
     held_out: list[MicroBatch] = list(batch(99, world, micro).micro_batches)
     loss, tokens = engine.evaluate(held_out)
     poison[0] = math.inf
-    overflow = engine.step(batch(steps, world, micro), 1e-2)
+    overflow = engine.step(batch(steps, world, micro), 1e-2, accepts=lambda *numbers: all(map(math.isfinite, numbers)))
     poison[0] = 1.0
+    seen: list[tuple[float, float]] = []
+    refused = engine.step(
+        batch(steps, world, micro),
+        1e-2,
+        accepts=lambda *numbers: bool(seen.append(numbers)),
+        flag=lambda: world.rank == world.size - 1,
+    )
     trained = engine.model if spec.kind == "plain" else engine._engine.module.model
     training = trained.training
-    after_overflow = list(engine.evaluate(held_out))
+    after_refusals = list(engine.evaluate(held_out))
     engine.close()
 
     again = build_engine(spec, OptimizerSpec(), [FREEZE], build, summed_loss, world)
@@ -84,8 +91,10 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
         "applied": all(result.applied for result in results),
         "replay": replay,
         "training": training,
-        "overflow_applied": overflow.applied,
-        "after_overflow": after_overflow,
+        "refusals_applied": overflow.applied or refused.applied,
+        "judged_by": seen == [(refused.loss, refused.grad_norm)],
+        "flags": [overflow.flagged, refused.flagged],
+        "after_refusals": after_refusals,
         "held_out": [loss, tokens],
         "weights": {name: float(tensor.double().abs().sum()) for name, tensor in sorted(weights.items())},
     }
