@@ -1,34 +1,44 @@
 """Save, verify, find, restore, prune: the one place that knows when a checkpoint is complete.
 
-step_00000120.tmp/  engine/...         all ranks write
-                    progress.json      where the run is, and which stages it has begun
-                    manifest.json      size and hash of every file
-                    COMPLETE           last
-step_00000120/                         the same folder, renamed
+engine --snapshot, steps wait--> host memory --a thread, behind the steps--> files
+
+step_00000120.tmp/        engine/...         all ranks write
+                          progress.json      where the run is, and which stages it has begun
+                          manifest.json      size and hash of every file
+                          COMPLETE           last
+step_00000120/            the same folder, renamed
+step_00000120.universal/  the same state for other ranks or another ZeRO stage, once somebody has asked for it
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ernie_dist.engine.base import Engine
+from ernie_dist.engine.select import convert
 from ernie_dist.progress import Progress
-from ernie_dist.spec.errors import CheckpointError
+from ernie_dist.spec.errors import CheckpointError, CheckpointWriteError
+from ernie_dist.spec.layout import EngineLayout
 from ernie_dist.spec.resolve import ResolvedJob
-from ernie_dist.spec.run_files import COMPLETE, PROGRESS, complete_checkpoints, read_state
+from ernie_dist.spec.run_files import PROGRESS, complete_checkpoints, read_state
+from ernie_dist.trusted_files import complete, difference, entry, publish, read_manifest, write_state, write_text
 from ernie_dist.world import World
 
 log = logging.getLogger(__name__)
-_MANIFEST, _ENGINE = "manifest.json", "engine"
+_ENGINE = "engine"
+_ASIDE, _CONVERTED, _BAD = ".tmp", ".universal", ".bad"
+_NICENESS = 10
+"""of the thread that writes: where ranks compute on the CPU, theirs is the right of way"""
 
 
 @dataclass(frozen=True)
@@ -36,8 +46,12 @@ class Saved:
     """What a save wrote."""
 
     folder: Path
+    step: int
     bytes: int
     seconds: float
+    """from the snapshot to the last file on disk"""
+    blocked: float
+    """seconds of it that training stood still"""
 
 
 @dataclass(frozen=True)
@@ -48,39 +62,61 @@ class Restored:
     folder: Path
     seconds: float
     refused: tuple[tuple[Path, str], ...]
+    converted_from: EngineLayout | None
+    """how it was saved, where this attempt's ranks or engine differ"""
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Every method but `due` is collective."""
+    """The checkpoints of one run. Every method but `due` and `saved` is collective."""
 
     def __init__(self, folder: Path, job: ResolvedJob, world: World) -> None:
-        self._folder, self._job, self._world = folder, job, world
+        self._folder, self.job, self._world = folder, job, world
+        self._behind = world.apart()  # the thread's own, so that its messages do not mix with those of the steps
+        self._under_way: Future[Saved] | None = None
+        self._saved: list[Saved] = []
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
         world.barrier()
 
     def due(self, progress: Progress) -> bool:
         """Whether a save is due after the batch that led to `progress`."""
-        return self._job.crosses(self._job.spec.checkpoint.every, progress.batch_index)
+        return self.job.crosses(self.job.spec.checkpoint.every, progress.batch_index)
 
-    def save(self, engine: Engine, progress: Progress) -> Saved:
-        """Writes aside, hashes, commits by rename, and prunes. Raises CheckpointError on every rank if any fails."""
+    def save(self, engine: Engine, progress: Progress, extra: Mapping[str, Any] | None = None) -> None:
+        """Takes a snapshot, and has a thread write, hash and commit it. One at a time: waits for the one before.
+
+        `extra` is small, JSON, and given back by `restore`. Raises CheckpointWriteError on every rank if the save
+        before it failed on any.
+        """
         begun = time.monotonic()
-        final = self._folder / f"step_{progress.step:08d}"
-        aside = final.with_suffix(".tmp")
-        self._together(lambda: _empty(aside / _ENGINE), on_main=True, what=f"{aside} cannot be created")
-        try:
-            engine.save(aside / _ENGINE)
-        except (OSError, RuntimeError) as error:
-            # A collective: the others wait inside it, not where we could tell them. This rank ends, and ends them.
-            raise CheckpointError(
-                f"{aside} cannot be written: {error}; the checkpoint before it is untouched. "
-                "Free space or mend the disk"
-            ) from error
-        mine = self._together(lambda: self._hash_share(aside), what=f"{aside} cannot be read back")
-        files = {name: entry for part in self._world.gather(mine) for name, entry in part.items()}
-        self._together(lambda: self._commit(aside, final, progress, files), on_main=True, what=f"{final}: no commit")
-        return Saved(final, sum(entry["bytes"] for entry in files.values()), time.monotonic() - begun)
+        self._wait()
+        files = engine.snapshot()
+        blocked = time.monotonic() - begun
+        future: Future[Saved] = Future()
+
+        def write() -> None:
+            try:
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+                folder, size = self._commit(files, progress, dict(extra or {}))
+                future.set_result(Saved(folder, progress.step, size, time.monotonic() - begun, blocked))
+            except BaseException as error:  # raised by the next call of the thread that trains
+                future.set_exception(error)
+
+        self._under_way = future
+        threading.Thread(target=write, name="checkpoint", daemon=True).start()
+
+    def saved(self) -> list[Saved]:
+        """What was committed since the last call. Raises CheckpointWriteError if a save failed. Waits for nothing."""
+        if self._under_way and self._under_way.done():
+            self._wait()
+        done, self._saved = self._saved, []
+        return done
+
+    def finish(self) -> list[Saved]:
+        """`saved`, once the save under way has ended."""
+        self._wait()
+        return self.saved()
 
     def restore(self, engine: Engine) -> Restored | None:
         """Loads the newest checkpoint that verifies; None if there is none at all.
@@ -91,12 +127,18 @@ class CheckpointStore:
         refused: list[tuple[Path, str]] = []
         candidates = self._world.from_main(complete_checkpoints(self._folder) if self._world.is_main else None)
         for folder in candidates:
-            reason = self._world.from_main(verify(folder) if self._world.is_main else None)
+            reason = self._difference(folder)
             if reason is None:
-                progress = self._accept(folder)
-                engine.load(folder / _ENGINE)
+                state = read_state(folder)
+                progress, saved = self._accept(folder, state)
+                ours = self.job.layout(self._world.size)
+                if saved.fits(ours):
+                    engine.load(folder / _ENGINE)
+                else:
+                    engine.load_converted(self._converted(folder) / _ENGINE)
                 self._set_aside([bad for bad, _ in refused])
-                return Restored(progress, folder, time.monotonic() - begun, tuple(refused))
+                seconds, other = time.monotonic() - begun, saved if saved != ours else None
+                return Restored(progress, folder, seconds, tuple(refused), other, state["extra"])
             log.warning("checkpoint %s is not used: %s", folder.name, reason)
             refused.append((folder, reason))
         if refused:
@@ -107,11 +149,20 @@ class CheckpointStore:
             )
         return None
 
-    def _accept(self, folder: Path) -> Progress:
-        """The progress of a verified checkpoint, if it is one of this job and this number of ranks."""
-        state = read_state(folder)
+    def _difference(self, folder: Path) -> str | None:
+        """Why a checkpoint cannot be trusted, or None. Each rank reads its share of the bytes."""
+        try:
+            files = sorted(_listed(folder).items())
+        except ValueError as error:
+            mine = str(error)
+        else:
+            mine = difference(folder, files[self._world.rank :: self._world.size])
+        return next((reason for reason in self._behind.gather(mine) if reason), None)
+
+    def _accept(self, folder: Path, state: dict[str, Any]) -> tuple[Progress, EngineLayout]:
+        """The progress of a verified checkpoint and how it was saved, if it is one of this job."""
         progress = Progress.from_json(state["progress"])
-        ours = [stage.fingerprint for stage in self._job.stages]
+        ours = [stage.fingerprint for stage in self.job.stages]
         for number, (name, theirs) in enumerate(state["stages"]):
             if number >= len(ours) or ours[number] != theirs:
                 raise CheckpointError(
@@ -119,126 +170,143 @@ class CheckpointStore:
                     f"{ours[number] if number < len(ours) else 'absent'}); a run's past cannot be rewritten: "
                     "restore the job's earlier text, or start a new run directory"
                 )
-        engine = self._job.engine_identity(self._world.size)
-        if state["engine"] != engine:
-            raise CheckpointError(
-                f"{folder}: was saved with {state['engine']}, this attempt has {engine}; go on with the same "
-                "engine and number of ranks (--ranks)"
-            )
+        saved = EngineLayout.from_json(state["layout"])
+        obstacle = saved.obstacle(self.job.layout(self._world.size))
+        if obstacle:
+            raise CheckpointError(f"{folder}: {obstacle}")
         device = self._world.device.type
         if state["device"] != device:
             raise CheckpointError(
                 f"{folder}: was saved on {state['device']} ranks, this attempt runs on {device}: its numbers "
                 "would change; go on where it began"
             )
-        return progress
+        return progress, saved
+
+    def _converted(self, folder: Path) -> Path:
+        """The checkpoint for any ranks and ZeRO stage: made once, by one process, and kept as long as the other."""
+        final = folder.with_suffix(_CONVERTED)
+
+        def make() -> None:
+            if final.is_dir() and verify(final) is None:
+                return
+            aside = final.with_name(final.name + _ASIDE)
+            for old in (final, aside):
+                shutil.rmtree(old, ignore_errors=True)
+            _refuse_full_disk(folder)
+            log.info("converting %s for other ranks or another ZeRO stage", folder.name)
+            convert(self.job.spec.engine.kind, folder / _ENGINE, aside / _ENGINE)
+            made = [path for path in aside.rglob("*") if path.is_file()]
+            complete(aside, {path.relative_to(aside).as_posix(): entry(path, settle=True) for path in made})
+            publish(aside, final)
+
+        self._together(self._behind, make, on_main=True, what=f"{final} cannot be made")
+        return final
 
     def _set_aside(self, folders: list[Path]) -> None:
         """Renames checkpoints that were passed over, once a good one is found: they must not push it out later."""
         for folder in folders if self._world.is_main else []:
-            aside = folder.with_suffix(".bad")
+            aside = folder.with_suffix(_BAD)
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
 
-    def _hash_share(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """Sizes and hashes of this rank's share of the files, on disk for good once this returns."""
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        share = files[self._world.rank :: self._world.size]
-        return {path.relative_to(folder).as_posix(): _entry(path) for path in share}
+    def _wait(self) -> None:
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            self._saved.append(under_way.result())
 
-    def _commit(self, aside: Path, final: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> None:
-        begun = self._job.stages[: self._job.stage_index(max(0, progress.batch_index - 1)) + 1]
+    def _commit(self, files: dict[str, Any], progress: Progress, extra: dict[str, Any]) -> tuple[Path, int]:
+        """In the thread: writes this rank's files aside, and gives the folder its name once all ranks have."""
+        final = self._folder / f"step_{progress.step:08d}"
+        aside, world = final.with_suffix(_ASIDE), self._behind
+        try:
+            self._together(world, lambda: _empty(aside), on_main=True, what=f"{aside} cannot be created")
+            mine = self._together(world, lambda: _write_files(aside, files), what=f"{aside} cannot be written")
+            written = {name: one for part in world.gather(mine) for name, one in part.items()}
+            self._together(
+                world, lambda: self._publish(aside, final, progress, extra, written), on_main=True, what=f"{final}"
+            )
+        except CheckpointError:
+            if world.is_main:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+        return final, sum(one["bytes"] for one in written.values())
+
+    def _publish(
+        self, aside: Path, final: Path, progress: Progress, extra: dict[str, Any], written: dict[str, Any]
+    ) -> None:
+        begun = self.job.stages[: self.job.stage_index(max(0, progress.batch_index - 1)) + 1]
         state = {
             "progress": progress.to_json(),
             "stages": [[stage.name, stage.fingerprint] for stage in begun],
-            "engine": self._job.engine_identity(self._world.size),
+            "layout": self.job.layout(self._world.size).to_json(),
             "device": self._world.device.type,
-            "consumed_tokens": self._job.consumed_tokens(progress.batch_index),
+            "consumed_tokens": self.job.consumed_tokens(progress.batch_index),
+            "extra": extra,
         }
-        _write(aside / PROGRESS, json.dumps(state, indent=1))
-        _write(aside / _MANIFEST, json.dumps({"files": {**files, PROGRESS: _entry(aside / PROGRESS)}}, indent=1))
-        _write(aside / COMPLETE, "")
-        for folder in [*(path for path in aside.rglob("*") if path.is_dir()), aside]:
-            _sync_folder(folder)
-        if final.exists():
-            shutil.rmtree(final)
-        aside.rename(final)
-        _sync_folder(self._folder)
-        for old in complete_checkpoints(self._folder)[self._job.spec.checkpoint.keep_last :]:
-            shutil.rmtree(old)
-        for leftover in self._folder.glob("step_*.tmp"):
-            shutil.rmtree(leftover)
+        complete(aside, {**written, PROGRESS: write_text(aside / PROGRESS, json.dumps(state, indent=1))})
+        if final.exists():  # the run came by here before, and went back
+            old = final.with_name(f"{final.name}.old{_ASIDE}")
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+        publish(aside, final)
+        self._prune()
 
-    def _together(self, action: Callable[[], Any], *, what: str, on_main: bool = False) -> Any:
+    def _prune(self) -> None:
+        """Only the newest are kept; a converted one as long as what it was made of."""
+        kept = complete_checkpoints(self._folder)
+        for old in kept[self.job.spec.checkpoint.keep_last :]:
+            shutil.rmtree(old)
+        for other in [*self._folder.glob(f"step_*{_CONVERTED}"), *self._folder.glob(f"step_*{_ASIDE}")]:
+            if other.name.endswith(_ASIDE) or not other.with_suffix("").is_dir():
+                shutil.rmtree(other)
+
+    def _together(self, world: World, action: Callable[[], Any], *, what: str, on_main: bool = False) -> Any:
         """Runs `action` on all ranks (or on rank 0), and fails on all ranks if it fails on one."""
         result, problem = None, None
         try:
-            if self._world.is_main or not on_main:
+            if world.is_main or not on_main:
                 result = action()
         except (OSError, RuntimeError) as error:
             problem = f"{what}: {error}"
-        problems = [text for text in self._world.gather(problem) if text]
+        problems = [text for text in world.gather(problem) if text]
         if problems:
-            raise CheckpointError(f"{problems[0]}; the checkpoint before it is untouched. Free space or mend the disk")
+            raise CheckpointWriteError(
+                f"{problems[0]}; the checkpoint before it is untouched. Free space or mend the disk, and launch again"
+            )
         return result
 
 
 def verify(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None. Reads every byte of it."""
     try:
-        listed = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"]
-        files = {name: (int(entry["bytes"]), str(entry["blake2b"])) for name, entry in listed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{_MANIFEST} is not readable ({type(error).__name__}: {error})"
-    if PROGRESS not in files:
-        return f"{_MANIFEST} does not list {PROGRESS}"
-    for name, (size, digest) in files.items():
-        path = folder / name
-        try:
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
-            if _digest(path) != digest:
-                return f"{name} differs from what was written"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-    return None
+        return difference(folder, _listed(folder).items())
+    except ValueError as error:
+        return str(error)
 
 
 def engine_folder(folder: Path) -> Path:
     return folder / _ENGINE
 
 
+def _listed(folder: Path) -> dict[str, Any]:
+    files = read_manifest(folder)
+    if folder.suffix != _CONVERTED and PROGRESS not in files:
+        raise ValueError(f"its manifest does not list {PROGRESS}")
+    return files
+
+
 def _empty(folder: Path) -> None:
-    shutil.rmtree(folder.parent, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
-def _entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "blake2b": _digest(path)}
+def _write_files(aside: Path, files: dict[str, Any]) -> dict[str, Any]:
+    return {f"{_ENGINE}/{name}": write_state(aside / _ENGINE / name, state) for name, state in files.items()}
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _refuse_full_disk(folder: Path) -> None:
+    """Converting takes the space of the checkpoint once more, and of its parts while it goes on."""
+    needed = 2 * sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"needs {needed:,} bytes, {free:,} are free")

@@ -9,7 +9,7 @@ import time
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -31,6 +31,7 @@ from ernie_dist.events.event import (
     StepFinished,
     Stopped,
 )
+from ernie_dist.events.history import read_metrics
 from ernie_dist.events.sinks import build_sinks
 from ernie_dist.export.transformers_folder import export_model
 from ernie_dist.model.build import build_model
@@ -56,7 +57,7 @@ def train(run_dir: Path, attempt: int, world: World, console: IO[str]) -> bool:
     _refuse_full_disk(files, job, engine)
     # The rank's own log is where `ernie logs` looks, also once the terminal is gone.
     events = EventBus([*build_sinks(job, files, console), ConsoleSink(sys.stdout)] if world.is_main else [])
-    progress = _restore(store, engine, job, attempt, events)
+    progress = _restore(store, engine, files, world, attempt, events)
     events.emit(_attempt_started(job, attempt, progress, engine, world))
     held_out, meter = HeldOut(job, world), _Meter(job, engine, world)
     if progress.batch_index == 0:
@@ -80,8 +81,9 @@ def train(run_dir: Path, attempt: int, world: World, console: IO[str]) -> bool:
         finished = progress.batch_index == job.total_batches
         stopping = result.flagged and not finished
         if stopping or finished or store.due(progress):
-            saved = store.save(engine, progress)
-            events.emit(CheckpointSaved(progress.step, saved.folder.name, saved.bytes, saved.seconds))
+            store.save(engine, progress)
+        for saved in store.finish() if stopping or finished else store.saved():
+            events.emit(CheckpointSaved(saved.step, saved.folder.name, saved.bytes, saved.seconds, saved.blocked))
         if stopping:
             events.emit(Stopped(progress.step, stop.reason()))
             break
@@ -104,16 +106,38 @@ def _build_engine(job: ResolvedJob, world: World) -> Engine:
     return build_engine(spec.engine, spec.optimizer, freezes, build, summed_loss, world, pretrained=pretrained)
 
 
-def _restore(store: CheckpointStore, engine: Engine, job: ResolvedJob, attempt: int, events: EventBus) -> Progress:
-    restored = store.restore(engine)
+def _restore(
+    store: CheckpointStore, engine: Engine, files: RunFiles, world: World, attempt: int, events: EventBus
+) -> Progress:
+    restored, job = store.restore(engine), store.job
     if restored is None:
         return Progress.start()
     for folder, reason in restored.refused:
         events.emit(CheckpointRefused(folder.name, reason))
-    progress = restored.progress
-    tokens = job.consumed_tokens(progress.batch_index)
-    events.emit(Restored(attempt, progress.step, tokens, restored.folder.name, restored.seconds))
+    progress, saved = restored.progress, restored.converted_from
+    events.emit(
+        Restored(
+            attempt=attempt,
+            step=progress.step,
+            consumed_tokens=job.consumed_tokens(progress.batch_index),
+            checkpoint=restored.folder.name,
+            seconds=restored.seconds,
+            converted=f"saved with {saved}, goes on with {job.layout(world.size)}" if saved else "",
+            **_lost(files, job, progress),
+        )
+    )
     return progress
+
+
+def _lost(files: RunFiles, job: ResolvedJob, progress: Progress) -> dict[str, Any]:
+    """What was done after the checkpoint, and is done again."""
+    steps = read_metrics(files.metrics)
+    again = [step for step in steps if step["step"] > progress.step]
+    if not again:
+        return {"lost_steps": 0, "lost_tokens": 0, "lost_seconds": 0.0}
+    since = max((step["time"] for step in steps if step["step"] == progress.step), default=again[0]["time"])
+    tokens = again[-1]["consumed_tokens"] - job.consumed_tokens(progress.batch_index)
+    return {"lost_steps": len(again), "lost_tokens": tokens, "lost_seconds": again[-1]["time"] - since}
 
 
 def _evaluate(

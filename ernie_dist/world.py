@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +21,8 @@ class World:
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    group: Any = None
+    """torch's process group, None for the one that `connect` makes"""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
@@ -51,17 +53,23 @@ class World:
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", timeout=timeout)
 
+    def apart(self, timeout: timedelta = timedelta(hours=12)) -> World:
+        """The same ranks with a channel of their own, for a thread: host tensors only. Collective."""
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timeout))
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Adds up a tensor over all ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def begin_sum(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """`sum` that goes on while other work is done: call what it returns to wait for the result."""
         if self.size == 1:
             return lambda: tensor
-        under_way = dist.all_reduce(tensor, async_op=True)
+        under_way = dist.all_reduce(tensor, group=self.group, async_op=True)
 
         def finished() -> torch.Tensor:
             under_way.wait()
@@ -80,7 +88,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=0, group=self.group, device=torch.device("cpu"))
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -88,7 +96,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def barrier(self) -> None:

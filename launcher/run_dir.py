@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_dist.spec.errors import RunDirError
+from ernie_dist.spec.layout import EngineLayout
 from ernie_dist.spec.resolve import ResolvedJob
 from ernie_dist.spec.run_files import RunFiles, complete_checkpoints, read_state
 
@@ -140,13 +141,10 @@ class RunDir:
 
     def _refuse_other_engine(self, job: ResolvedJob) -> None:
         """Refused here rather than in the ranks, so that job.json keeps describing what can go on."""
-        ours = job.engine_identity(job.spec.resources.world_size)
-        theirs = self._newest_state().get("engine", ours)
-        if theirs != ours:
-            raise RunDirError(
-                f"{self.root}: its checkpoints were saved with {theirs}, this job has {ours}; go on with the same "
-                "engine and number of ranks (--ranks)"
-            )
+        saved = self._newest_state().get("layout")
+        obstacle = saved and EngineLayout.from_json(saved).obstacle(job.layout(job.spec.resources.world_size))
+        if obstacle:
+            raise RunDirError(f"{self.root}: {obstacle}")
 
     def _newest_state(self) -> dict[str, Any]:
         """progress.json of the newest checkpoint that has a readable one; a damaged one is for the job to judge."""

@@ -71,12 +71,19 @@ class Engine(Protocol):
         """Parameters whose names match are not updated from now on; all others are."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Writes all that `load` needs into an existing folder. Collective."""
+    def snapshot(self) -> dict[str, Any]:
+        """All that `load` needs, by file name, as torch.save takes it: a copy in host memory. Collective.
+
+        Training may go on while it is written; the next snapshot uses the same memory again.
+        """
         ...
 
     def load(self, folder: Path) -> None:
-        """Goes on exactly where `save` was called. Collective. Raises CheckpointError if it cannot."""
+        """Goes on exactly where the snapshot in `folder` was taken. Collective. Raises CheckpointError."""
+        ...
+
+    def load_converted(self, folder: Path) -> None:
+        """Goes on from a converted snapshot, taken with other ranks or another ZeRO stage. Collective."""
         ...
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -21,20 +21,30 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from ernie_dist.batch import IGNORED, Batch, MicroBatch
 from ernie_dist.engine.base import StepResult, always, never
 from ernie_dist.engine.optimizer import ParameterGroups, adamw
+from ernie_dist.engine.snapshot import HostCopy
+from ernie_dist.engine.universal import convert_files, read_step
 from ernie_dist.spec.ds_config import offloads, read_ds_config, zero_stage
 from ernie_dist.spec.errors import CheckpointError
 from ernie_dist.spec.training import EngineSpec, OptimizerSpec
+from ernie_dist.trusted_files import read_state
 from ernie_dist.world import World
 
 Loss = Callable[[nn.Module, MicroBatch], torch.Tensor]
 _TAG = "state"
+_CLASSES = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
+"""all that DeepSpeed's files hold besides tensors and plain values"""
 
 
 class _WithLoss(nn.Module):
@@ -46,6 +56,29 @@ class _WithLoss(nn.Module):
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         return self._loss(self.model, batch)
+
+
+class _Files(CheckpointEngine):
+    """What DeepSpeed would write is kept as a copy in host memory; what it reads may hold data, and no code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, Any] = {}
+        self._copies: dict[str, HostCopy] = {}
+
+    def create(self, info: CheckpointCommitInfo) -> None: ...
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
+
+    def save(self, state_dict: Any, path: str) -> None:
+        name = PurePath(path).as_posix()
+        self.kept[name] = self._copies.setdefault(name, HostCopy())(state_dict)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return read_state(Path(path), map_location, _CLASSES)
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        return True
 
 
 class DeepSpeedEngine:
@@ -77,12 +110,15 @@ class DeepSpeedEngine:
         self.config = model.config.to_dict()
         self._groups = ParameterGroups(model, freezes)
         groups = self._groups(optimizer)
+        self._weight_decays = [group["weight_decay"] for group in groups]
         own = {"model_parameters": groups} if _cpu_adam(policy) else {"optimizer": adamw(groups, optimizer)}
         if _cpu_adam(policy):
             config["optimizer"] = _adam_config(optimizer)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=_WithLoss(model, loss), config=config, **own)
         self._accepted: Callable[[], bool] = lambda: True
         self._guard_updates()
+        self._files = self._engine.checkpoint_engine = _Files()
+        self._engine._copy_recovery_script = lambda folder: None  # `ernie export` reads our checkpoints
 
     def step(
         self,
@@ -134,22 +170,37 @@ class DeepSpeedEngine:
     def freeze(self, patterns: Sequence[str]) -> None:
         self._groups.freeze(patterns)
 
-    def save(self, folder: Path) -> None:
-        # DeepSpeed's own `latest` is written before the other ranks' shards are there: the store commits instead.
-        if not self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False):
-            raise CheckpointError(f"{folder}: DeepSpeed could not write its part of the checkpoint; see the rank logs")
+    def snapshot(self) -> dict[str, Any]:
+        self._files.kept.clear()
+        self._engine.save_checkpoint(".", tag=_TAG, save_latest=False)
+        return dict(self._files.kept)
 
     def load(self, folder: Path) -> None:
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if loaded is None:  # only a warning to DeepSpeed, which would go on from random weights
             raise CheckpointError(f"{folder}: DeepSpeed could not read this checkpoint; see the rank logs")
 
+    def load_converted(self, folder: Path) -> None:
+        config = self._engine._config
+        config.load_universal_checkpoint = True
+        try:
+            self.load(folder)
+        finally:
+            config.load_universal_checkpoint = False
+        # Under ZeRO-3 DeepSpeed gives every group the settings of the first, and all states one and the same step
+        # counter, which then counts once for each of them; coming from there, ZeRO 1 and 2 get no counter at all.
+        optimizer, step = _innermost(self._optimizer), read_step(folder / _TAG)
+        for group, decay in zip(optimizer.param_groups, self._weight_decays, strict=True):
+            group["weight_decay"] = decay
+        for state in optimizer.state.values():
+            state["step"] = torch.tensor(float(step)) if isinstance(optimizer, torch.optim.AdamW) else step
+
     def close(self) -> None:
         self._engine.destroy()
 
     def _guard_updates(self) -> None:
         """The weights change only when torch's optimizer steps; ZeRO knows the norm by then, and calls it last."""
-        optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
+        optimizer = _innermost(self._optimizer)
         update = optimizer.step
         optimizer.step = lambda *given, **named: update(*given, **named) if self._accepted() else None
 
@@ -168,17 +219,36 @@ class DeepSpeedEngine:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The model's weights out of a folder written by `save`, whole and read by one process.
+    """The model's weights out of a folder that holds a snapshot's files, whole and read by one process.
 
     In the precision the engine computes in; of ZeRO-3 the fp32 masters.
     """
     whole = folder / _TAG / "mp_rank_00_model_states.pt"
     if whole.is_file():
-        # weights_only=False: DeepSpeed stores its own classes. The store has verified the file's hash.
-        weights = torch.load(whole, map_location="cpu", weights_only=False)["module"]
+        weights = read_state(whole, "cpu", _CLASSES)["module"]
     else:  # ZeRO-3: every rank holds a part, kept in fp32
+        _refuse_code(folder)
         weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG)
     return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+
+def convert(folder: Path, to: Path) -> None:
+    """Writes what `load_converted` takes, on one process. Raises CheckpointError."""
+    _refuse_code(folder)
+    convert_files(folder / _TAG, to / _TAG, read=lambda path: read_state(path, "cpu", _CLASSES))
+
+
+def _refuse_code(folder: Path) -> None:
+    """DeepSpeed's own readers run whatever a file tells them to: none of them gets one with more than data in it."""
+    known = {f"{one.__module__}.{one.__qualname__}" for one in _CLASSES}
+    for path in sorted(folder.rglob("*.pt")):
+        if strangers := set(get_unsafe_globals_in_checkpoint(path)) - known:
+            raise CheckpointError(f"{path}: holds code ({', '.join(sorted(strangers))}) and is not read; delete it")
+
+
+def _innermost(optimizer: Any) -> Any:
+    """torch's optimizer, which ZeRO wraps."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _connect(world: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +14,10 @@ from transformers import PreTrainedModel
 from ernie_dist.batch import IGNORED, Batch, MicroBatch
 from ernie_dist.engine.base import StepResult, always, never
 from ernie_dist.engine.optimizer import ParameterGroups, adamw
-from ernie_dist.spec.errors import SpecError
+from ernie_dist.engine.snapshot import HostCopy
+from ernie_dist.spec.errors import CheckpointError, SpecError
 from ernie_dist.spec.training import EngineSpec, OptimizerSpec
+from ernie_dist.trusted_files import read_state
 from ernie_dist.world import World
 
 Loss = Callable[[nn.Module, MicroBatch], torch.Tensor]
@@ -46,6 +49,7 @@ class PlainEngine:
         self.parameters, self.config = self.model.num_parameters(), self.model.config.to_dict()
         self._groups = ParameterGroups(self.model, freezes)
         self._optimizer = adamw(self._groups(optimizer), optimizer)
+        self._copy = HostCopy()
 
     def step(
         self,
@@ -85,13 +89,16 @@ class PlainEngine:
     def freeze(self, patterns: Sequence[str]) -> None:
         self._groups.freeze(patterns)
 
-    def save(self, folder: Path) -> None:
-        torch.save({"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}, folder / _STATE)
+    def snapshot(self) -> dict[str, Any]:
+        return self._copy({_STATE: {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}})
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / _STATE, map_location=self._device, weights_only=True)
+        state = read_state(folder / _STATE, self._device)
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+
+    def load_converted(self, folder: Path) -> None:
+        raise CheckpointError(f"{folder}: the plain engine takes only what it saved itself")
 
     def close(self) -> None:
         del self.model, self._optimizer
@@ -103,5 +110,5 @@ class PlainEngine:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The model's weights in a folder written by `save`, in fp32."""
-    return torch.load(folder / _STATE, map_location="cpu", weights_only=True)["model"]
+    """The model's weights in a folder that holds a snapshot's files, in fp32."""
+    return read_state(folder / _STATE, "cpu")["model"]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ernie_dist.batch import MicroBatch
 from ernie_dist.engine.base import Engine
-from ernie_dist.spec.errors import SpecError
+from ernie_dist.spec.errors import CheckpointError, SpecError
 from ernie_dist.spec.training import EngineSpec, OptimizerSpec
 from ernie_dist.world import World
 
@@ -50,3 +50,12 @@ def read_weights(kind: str, folder: Path) -> dict[str, torch.Tensor]:
     from ernie_dist.engine import deepspeed
 
     return deepspeed.read_weights(folder)
+
+
+def convert(kind: str, folder: Path, to: Path) -> None:
+    """Makes of a snapshot's files those that fit any number of ranks and any ZeRO stage, on one process."""
+    if kind != "deepspeed":
+        raise CheckpointError(f"{folder}: only DeepSpeed's checkpoints can be converted")
+    from ernie_dist.engine import deepspeed
+
+    deepspeed.convert(folder, to)

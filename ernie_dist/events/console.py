@@ -158,13 +158,18 @@ class ConsoleSink:
             return self._start(event)
         if isinstance(event, Restored):
             self._pace = Pace()
-            return [f"goes on from {event.checkpoint}: step {event.step}, read in {event.seconds:.1f} s"]
+            lines = [f"goes on from {event.checkpoint}: step {event.step}, read in {event.seconds:.1f} s"]
+            if event.lost_steps:
+                lost = f"{event.lost_steps} steps, {human_count(event.lost_tokens)} tokens"
+                lines.append(f"done again: {lost}, {human_seconds(event.lost_seconds)} of work")
+            return [*lines, event.converted] if event.converted else lines
         if isinstance(event, CheckpointRefused):
             return [f"checkpoint {event.checkpoint} is not used: {event.reason}"]
         if isinstance(event, StageStarted):
             return [f"stage {event.stage} ({event.batches} steps), from step {event.step}"]
         if isinstance(event, CheckpointSaved):
-            return [f"checkpoint {event.checkpoint}: {human_bytes(event.bytes)} in {event.seconds:.1f} s"]
+            size, waited = human_bytes(event.bytes), event.blocked
+            return [f"checkpoint {event.checkpoint}: {size} in {event.seconds:.1f} s, {waited:.1f} s of it waited for"]
         if isinstance(event, Stopped):
             return [f"stopped after step {event.step} ({event.reason}); launch again to go on"]
         if isinstance(event, Failed):

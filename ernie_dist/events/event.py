@@ -38,13 +38,18 @@ class AttemptStarted(Event):
 
 @dataclass(frozen=True)
 class Restored(Event):
-    """The attempt goes on from a checkpoint."""
+    """The attempt goes on from a checkpoint; what an earlier one did after it is done again."""
 
     attempt: int
     step: int
     consumed_tokens: int
     checkpoint: str
     seconds: float
+    converted: str = ""
+    """where ranks or engine differ from those that saved it: both"""
+    lost_steps: int = 0
+    lost_tokens: int = 0
+    lost_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,10 +106,13 @@ class Evaluated(Event):
 
 @dataclass(frozen=True)
 class CheckpointSaved(Event):
+    """A checkpoint that counts: it was written behind the steps, `blocked` of its `seconds` they stood still."""
+
     step: int
     checkpoint: str
     bytes: int
     seconds: float
+    blocked: float
 
 
 @dataclass(frozen=True)

@@ -27,5 +27,11 @@ class CheckpointError(ErnieError, RuntimeError):
     """A checkpoint cannot be written, read or trusted."""
 
 
+class CheckpointWriteError(CheckpointError):
+    """A checkpoint could not be written: the run goes on from the one before, once there is room."""
+
+    exit_code = 1
+
+
 class EnvironmentProblem(ErnieError, RuntimeError):
     """This machine lacks something the job needs."""

@@ -17,8 +17,10 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from ernie_dist.spec.curriculum import StageSpec
+from ernie_dist.spec.ds_config import read_ds_config, zero_stage
 from ernie_dist.spec.errors import RunDirError
 from ernie_dist.spec.job import JobSpec, fingerprint
+from ernie_dist.spec.layout import EngineLayout
 from ernie_dist.spec.problems import Problem, refuse
 from ernie_dist.spec.quantity import Quantity, Unit
 from ernie_dist.spec.strict import Strict
@@ -131,14 +133,18 @@ class ResolvedJob(Strict):
             before, after = self.consumed_tokens(before), self.consumed_tokens(after)
         return before // int(interval.amount) < after // int(interval.amount)
 
-    def engine_identity(self, world_size: int) -> str:
-        """What a checkpoint of this job fits: the engine, its precision and the number of ranks."""
+    def layout(self, world_size: int) -> EngineLayout:
+        """What the checkpoints of this job fit: its engine, on this many ranks."""
         engine = self.spec.engine
-        kind = "plain" if engine.kind == "plain" else f"deepspeed {Path(engine.ds_config).stem}"
-        # Parameter groups follow from all freeze lists: with others, optimizer states would load into wrong places.
-        freezes = sorted({stage.freeze for stage in self.stages if stage.freeze})
-        frozen = f", freezing {' and '.join(' '.join(names) for names in freezes)}" if freezes else ""
-        return f"{kind}, {engine.precision}, {world_size} rank(s){frozen}"
+        deepspeed = engine.kind == "deepspeed"
+        return EngineLayout(
+            kind=engine.kind,
+            ds_config=Path(engine.ds_config).stem if deepspeed else "",
+            zero_stage=zero_stage(read_ds_config(engine.ds_config)) if deepspeed else 0,
+            precision=engine.precision,
+            ranks=world_size,
+            frozen=tuple(sorted({stage.freeze for stage in self.stages if stage.freeze})),
+        )
 
     def is_stage_end(self, batch_index: int) -> bool:
         """Whether the batch before `batch_index` was the last of its stage."""

@@ -17,6 +17,7 @@ from ernie_dist.engine.select import build_engine, read_weights
 from ernie_dist.model.build import build_model
 from ernie_dist.model.loss import summed_loss
 from ernie_dist.spec.training import EngineSpec, ModelSpec, OptimizerSpec
+from ernie_dist.trusted_files import write_state
 from ernie_dist.world import World
 
 VOCABULARY, LENGTH, SEQUENCES = 128, 32, 8
@@ -59,7 +60,8 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
             folder = world.from_main(scratch / f"{json.dumps(case)}".replace("/", "_").replace('"', ""))
             folder.mkdir(parents=True, exist_ok=True)
             world.barrier()
-            engine.save(folder)
+            for name, state in engine.snapshot().items():
+                write_state(folder / name, state)
             world.barrier()
     held_out: list[MicroBatch] = list(batch(99, world, micro).micro_batches)
     loss, tokens = engine.evaluate(held_out)

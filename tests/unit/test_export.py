@@ -84,6 +84,7 @@ class Trained:
             progress = progress.after(np.zeros((2, 2), np.int64))
             if step % 2:
                 store.save(self.engine, progress)
+                store.finish()
         self.logits.append(logits(self.engine.model))
         """before the first step, at step 2, at step 4"""
         self.checkpoints = [self.files.checkpoints / f"step_{step:08d}" for step in (2, 4)]

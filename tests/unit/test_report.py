@@ -142,7 +142,7 @@ def run_attempt(
         if evaluated and (job.is_stage_end(step) or step % 25 == 0):
             evaluate(bus, job, step)
         if step % 30 == 0:
-            bus.emit(CheckpointSaved(step, f"step_{step:08d}", 123_456_789, 0.7))
+            bus.emit(CheckpointSaved(step, f"step_{step:08d}", 123_456_789, 0.7, 0.1))
     if last == job.total_batches:
         bus.emit(Finished(last, job.total_tokens, str(files.export)))
     bus.close()
