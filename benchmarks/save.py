@@ -15,7 +15,6 @@ file was being written are set beside the ones in between.
 from __future__ import annotations
 
 import os
-import shutil
 import statistics
 import tempfile
 import time
