@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -101,6 +102,7 @@ class Watchdog:
             while not self._files.error(self._attempt).exists() and time.monotonic() < deadline:
                 time.sleep(0.1)
         self._report(evidence, blamed or [Blame(late[0], _ALL_WAIT)])
+        shutil.rmtree(self._folder, ignore_errors=True)
         ours = os.getppid()  # ends with us, and we with it: last
         for pid in sorted((pulse.pid for pulse in pulses.values() if pulse), key=lambda pid: pid == ours):
             with suppress(ProcessLookupError):
