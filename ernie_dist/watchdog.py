@@ -35,7 +35,7 @@ _PAUSED = 10 * POLL_SECONDS
 _ANSWER_SECONDS = 5.0
 """for a rank to write its stacks, and for NCCL's flight recorder"""
 _OTHER_NODES_SECONDS = 10.0
-"""for the node with the rank to blame to say so, before a node whose ranks only wait speaks"""
+"""for all nodes to write their stacks, and for the one with the rank to blame to speak first"""
 
 
 class Watchdog:
@@ -97,11 +97,12 @@ class Watchdog:
         evidence = self._evidence({rank: pulse for rank, pulse in pulses.items() if pulse})
         missing = [rank for rank in self._ranks if rank not in self._seen]
         blamed = [Blame(rank, "its process never came up") for rank in missing] or blame(evidence)
-        if not blamed and self._more_nodes:
-            deadline = time.monotonic() + _OTHER_NODES_SECONDS
-            while not self._files.error(self._attempt).exists() and time.monotonic() < deadline:
-                time.sleep(0.1)
-        self._report(evidence, blamed or [Blame(late[0], _ALL_WAIT)])
+        if blamed:
+            self._report(evidence, blamed)
+        if self._more_nodes:
+            time.sleep(_OTHER_NODES_SECONDS)
+        if not blamed and not self._files.error(self._attempt).exists():
+            self._report(evidence, [Blame(late[0], _ALL_WAIT)])
         shutil.rmtree(self._folder, ignore_errors=True)
         ours = os.getppid()  # ends with us, and we with it: last
         for pid in sorted((pulse.pid for pulse in pulses.values() if pulse), key=lambda pid: pid == ours):
@@ -176,7 +177,7 @@ class Watchdog:
         seconds = one.seconds if one else time.monotonic() - self._begun
         message = "; ".join(f"rank {each.rank} hangs: {each.why}" for each in blamed)
         message += f". It has been in {where} for {seconds:.0f} s (limit {allowed:.0f} s, see watchdog in the job). "
-        message += f"Stacks: {', '.join(map(str, stacks.values())) or 'none'}"
+        message += f"Stacks of all ranks: {self._files.stacks(self._attempt, first).with_stem('stacks_rank_*')}"
         log.error("%s", message)
         text = stacks[first].read_text(encoding="utf-8") if first in stacks else ""
         error = {"rank": first, "kind": "Hang", "message": message, "exit_code": 1, "traceback": text}
