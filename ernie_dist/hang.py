@@ -67,15 +67,16 @@ class Evidence:
 
     @property
     def where(self) -> str:
+        """As in: it is ..."""
         texts = {
-            Phase.START: "start-up",
+            Phase.START: "starting up",
             Phase.READ: f"reading the batch of step {self.step}",
-            Phase.FIRST_STEP: f"step {self.step}, the attempt's first",
-            Phase.STEP: f"step {self.step}",
-            Phase.EVALUATE: f"the evaluation after step {self.step}",
-            Phase.SAVE: f"the save after step {self.step}",
-            Phase.EXPORT: "the export",
-            Phase.CLOSE: "its last words",
+            Phase.FIRST_STEP: f"in step {self.step}, the attempt's first",
+            Phase.STEP: f"in step {self.step}",
+            Phase.EVALUATE: f"evaluating after step {self.step}",
+            Phase.SAVE: f"saving after step {self.step}",
+            Phase.EXPORT: "exporting",
+            Phase.CLOSE: "ending",
         }
         return texts[self.phase]
 
@@ -106,7 +107,7 @@ def blame(ranks: Sequence[Evidence]) -> list[Blame]:
     if behind := [one for one in ranks if (one.step, one.phase) < front]:
         last = min((one.step, one.phase) for one in behind)
         ahead = next(one for one in ranks if (one.step, one.phase) == front)
-        text = f"the others are ahead of it, in {ahead.where}"
+        text = f"the others are ahead of it, {ahead.where}"
         return [Blame(one.rank, text + _at(one)) for one in behind if (one.step, one.phase) == last]
     if elsewhere := [one for one in ranks if not one.waits]:
         others = ", the others wait for it in a collective" if len(elsewhere) < len(ranks) else ""

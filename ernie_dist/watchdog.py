@@ -128,7 +128,7 @@ class Watchdog:
             )
             process = f"process {pulse.pid}, state {one.process.state or 'gone'}"
             head = f"rank {rank}, {process}, {one.process.waits_in or 'not in a kernel function'}: "
-            head += f"in {one.where} for {one.seconds:.1f} s (limit {one.limit:.1f} s)\n\n"
+            head += f"{one.where} for {one.seconds:.1f} s (limit {one.limit:.1f} s)\n\n"
             text = stacks.get(rank) or f"It could not answer with its Python stacks.\n{kernel_stack(pulse.pid)}"
             self._files.stacks(self._attempt, rank).write_text(head + text, encoding="utf-8")
             found.append(one)
@@ -172,11 +172,11 @@ class Watchdog:
         stacks = {rank: self._files.stacks(self._attempt, rank) for rank in by_rank}
         first = blamed[0].rank
         one = by_rank.get(first)
-        where = one.where if one else "start-up"
+        where = one.where if one else "starting up"
         allowed = one.limit if one else self._limit(Phase.START)
         seconds = one.seconds if one else time.monotonic() - self._begun
         message = "; ".join(f"rank {each.rank} hangs: {each.why}" for each in blamed)
-        message += f". It has been in {where} for {seconds:.0f} s (limit {allowed:.0f} s, see watchdog in the job). "
+        message += f". It is {where}, for {seconds:.0f} s (limit {allowed:.0f} s, see watchdog in the job). "
         message += f"Stacks of all ranks: {self._files.stacks(self._attempt, first).with_stem('stacks_rank_*')}"
         log.error("%s", message)
         text = stacks[first].read_text(encoding="utf-8") if first in stacks else ""

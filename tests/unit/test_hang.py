@@ -41,7 +41,7 @@ def rank(number: int, phase: Phase = Phase.STEP, step: int = 9, state: str = "S"
         ([rank(0, state="D", stacks=""), rank(1)], [0], "disk or network file system (state D in nfs_wait)"),
         ([rank(0), rank(1, state="")], [1], "has ended"),
         ([rank(0), rank(1, silent=290.0)], [1], "for 290 s: native code keeps the interpreter lock"),
-        ([rank(0), rank(1, Phase.READ, 9), rank(2, Phase.READ, 9)], [1, 2], "ahead of it, in step 9"),
+        ([rank(0), rank(1, Phase.READ, 9), rank(2, Phase.READ, 9)], [1, 2], "ahead of it, in step 9; it is at"),
         ([rank(0, Phase.SAVE), rank(1, Phase.READ, 10)], [0], "reading the batch of step 10"),
         ([rank(0), rank(1, stacks=FORWARD)], [1], "not in a collective, the others wait for it"),
         ([rank(0), rank(1)], [], ""),
