@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
+import time
 from datetime import timedelta
 
 import pytest
 
 from ernie_dist.events.goodput import PARTS, described, goodput, time_spent
+from ernie_dist.events.history import read_events
 from ernie_dist.hang import Evidence, Process, blame, main_thread
 from ernie_dist.heartbeat import Phase
 from ernie_dist.spec.resilience import WatchdogSpec
+from ernie_dist.spec.run_files import RunFiles
 from ernie_dist.straggler import slowest
-from ernie_dist.watchdog import limit
+from ernie_dist.watchdog import Watchdog, limit
 
 COLLECTIVE = """Thread 0x00007f6f (most recent call first):
   File "/env/python3.11/threading.py", line 331 in wait
@@ -65,6 +69,20 @@ def test_a_phase_may_take_its_floor_or_a_multiple_of_the_longest_seen():
     assert limit(Phase.STEP, spec, {Phase.STEP: 60.0, Phase.SAVE: 9000.0}) == 300
     assert limit(Phase.STEP, spec, {Phase.STEP: 100.0}) == 400
     assert limit(Phase.FIRST_STEP, spec, {Phase.STEP: 100.0}) == limit(Phase.SAVE, spec, {}) == 1800
+
+
+def test_a_rank_that_never_came_up_is_named(tmp_path):
+    files = RunFiles(tmp_path)
+    files.attempt(1).mkdir(parents=True)
+    spec = WatchdogSpec(start=timedelta(milliseconds=1))
+    watchdog = Watchdog(files, 1, tmp_path / "node", range(4, 6), more_nodes=False, spec=spec, longest={})
+    time.sleep(0.01)
+    assert not watchdog.look(), "what is seen once may be half written"
+    assert watchdog.look()
+    error = json.loads(files.error(1).read_text())
+    assert error["rank"] == 4
+    assert "rank 4 hangs: its process never came up; rank 5 hangs: its process never came up" in error["message"]
+    assert [event["ranks"] for event in read_events(files.events)] == [[4, 5]]
 
 
 def test_slowest_is_measured_against_the_others():
