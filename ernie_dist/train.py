@@ -111,11 +111,17 @@ def train(run_dir: Path, attempt: int, world: World, console: IO[str], heartbeat
         world.barrier()
         events.emit(Finished(progress.step, job.consumed_tokens(progress.batch_index), str(files.export)))
     beat.enter(Phase.CLOSE, progress.step)
-    if world.is_main:
+    _close(engine, files, job, progress, events, is_main=world.is_main)
+    return not stopping
+
+
+def _close(
+    engine: Engine, files: RunFiles, job: ResolvedJob, progress: Progress, events: EventBus, *, is_main: bool
+) -> None:
+    if is_main:
         events.emit(TimeSpent(progress.step, goodput.of_run(files, job)))
     events.close()
     engine.close()
-    return not stopping
 
 
 def _build_engine(job: ResolvedJob, world: World) -> Engine:
