@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 from typing import IO
 
+from ernie_dist.heartbeat import Watched
 from ernie_dist.spec.errors import ErnieError
 from ernie_dist.spec.orphan import die_with_parent
 from ernie_dist.spec.run_files import RunFiles
@@ -27,15 +28,17 @@ def main() -> int:
     die_with_parent()
     console = _take_over_output(files.rank_log(attempt, rank))
     try:
+        watched = Watched(files, attempt)
         from ernie_dist.train import train  # torch and the rest: their messages belong in the rank's log
         from ernie_dist.world import World
 
         world = World.from_environment()
-        finished = train(files.root, attempt, world, console)
+        finished = train(files.root, attempt, world, console, watched.heartbeat)
         if world.is_main:
             outcome = {"exit_code": 0 if finished else STOPPED}
             files.outcome(attempt).write_text(json.dumps(outcome), encoding="utf-8")
         world.close()
+        watched.close()
         return 0
     except BaseException as error:
         _leave_error(files, attempt, rank, error)

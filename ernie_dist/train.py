@@ -18,6 +18,7 @@ from ernie_dist.data.loader import BatchLoader, load_batches
 from ernie_dist.engine.base import Engine, StepResult
 from ernie_dist.engine.select import build_engine
 from ernie_dist.evaluate.held_out import HeldOut
+from ernie_dist.events import goodput
 from ernie_dist.events.console import ConsoleSink
 from ernie_dist.events.event import (
     AttemptStarted,
@@ -26,14 +27,18 @@ from ernie_dist.events.event import (
     Evaluated,
     EventBus,
     Finished,
+    PhaseEnded,
     Restored,
     StageStarted,
     StepFinished,
     Stopped,
+    Straggler,
+    TimeSpent,
 )
 from ernie_dist.events.history import read_metrics
 from ernie_dist.events.sinks import build_sinks
 from ernie_dist.export.transformers_folder import export_model
+from ernie_dist.heartbeat import Heartbeat, Phase
 from ernie_dist.model.build import build_model
 from ernie_dist.model.loss import summed_loss
 from ernie_dist.progress import Progress
@@ -44,12 +49,13 @@ from ernie_dist.spec.resolve import ResolvedJob, ResolvedStage
 from ernie_dist.spec.run_files import RunFiles, complete_checkpoints
 from ernie_dist.spec.shape import ModelShape
 from ernie_dist.stop import StopRequest
+from ernie_dist.straggler import BusyTimes, Slowest
 from ernie_dist.world import World
 
 
-def train(run_dir: Path, attempt: int, world: World, console: IO[str]) -> bool:
+def train(run_dir: Path, attempt: int, world: World, console: IO[str], heartbeat: Heartbeat | None = None) -> bool:
     """Runs or goes on with the job of a run directory. True when it is finished, False when it stopped on request."""
-    files = RunFiles(run_dir)
+    files, beat = RunFiles(run_dir), heartbeat or Heartbeat()
     job = ResolvedJob.read(files.job)
     stop = StopRequest(files.stop, world)
     engine = _build_engine(job, world)
@@ -57,16 +63,22 @@ def train(run_dir: Path, attempt: int, world: World, console: IO[str]) -> bool:
     _refuse_full_disk(files, job, engine)
     # The rank's own log is where `ernie logs` looks, also once the terminal is gone.
     events = EventBus([*build_sinks(job, files, console), ConsoleSink(sys.stdout)] if world.is_main else [])
+    beat.on_end = lambda phase, step, seconds: events.emit(PhaseEnded(attempt, phase.label, step, seconds))
     progress = _restore(store, engine, files, world, attempt, events)
     events.emit(_attempt_started(job, attempt, progress, engine, world))
     held_out, meter = HeldOut(job, world), _Meter(job, engine, world)
+    busy = BusyTimes(world, job.spec.watchdog.straggler)
     if progress.batch_index == 0:
+        beat.enter(Phase.EVALUATE, 0)
         _evaluate(engine, held_out, job, progress, "start", events)
         meter.resume()
 
     stage, stopping = None, False
     ahead = 2 if world.device.type == "cuda" else 0
+    beat.enter(Phase.READ, progress.step + 1)
     for batch in load_batches(BatchLoader(job, world), progress.batch_index, job.total_batches, ahead=ahead):
+        reading = meter.seconds()
+        beat.enter(Phase.FIRST_STEP if stage is None else Phase.STEP, progress.step + 1)
         if stage is None or batch.index == stage.end_batch:
             stage = job.stage_at(batch.index)
             engine.freeze(stage.freeze)
@@ -74,13 +86,18 @@ def train(run_dir: Path, attempt: int, world: World, console: IO[str]) -> bool:
         rate = learning_rate(job, progress)
         result = engine.step(batch, rate, flag=stop.pending)
         progress = progress.after(batch.sequence_ids)
-        events.emit(_step_finished(job, stage, progress, rate, result, meter, attempt))
+        slowest = busy.add(reading + result.busy_seconds)
+        events.emit(_step_finished(job, stage, progress, rate, result, meter, attempt, slowest))
+        if slowest and busy.begins(slowest):
+            events.emit(Straggler(progress.step, slowest.rank, slowest.imbalance, slowest.busy_seconds))
         every = job.spec.evaluate.every
         if job.is_stage_end(progress.batch_index) or (every and job.crosses(every, progress.batch_index)):
+            beat.enter(Phase.EVALUATE, progress.step)
             _evaluate(engine, held_out, job, progress, stage.name, events)
         finished = progress.batch_index == job.total_batches
         stopping = result.flagged and not finished
         if stopping or finished or store.due(progress):
+            beat.enter(Phase.SAVE, progress.step)
             store.save(engine, progress)
         for saved in store.finish() if stopping or finished else store.saved():
             events.emit(CheckpointSaved(saved.step, saved.folder.name, saved.bytes, saved.seconds, saved.blocked))
@@ -88,14 +105,25 @@ def train(run_dir: Path, attempt: int, world: World, console: IO[str]) -> bool:
             events.emit(Stopped(progress.step, stop.reason()))
             break
         meter.resume()
+        beat.enter(Phase.READ, progress.step + 1)
     if not stopping:
+        beat.enter(Phase.EXPORT, progress.step)
         if world.is_main:
             export_model(job, complete_checkpoints(files.checkpoints)[0], files.export)
         world.barrier()
         events.emit(Finished(progress.step, job.consumed_tokens(progress.batch_index), str(files.export)))
+    beat.enter(Phase.CLOSE, progress.step)
+    _close(engine, files, job, progress, events, is_main=world.is_main)
+    return not stopping
+
+
+def _close(
+    engine: Engine, files: RunFiles, job: ResolvedJob, progress: Progress, events: EventBus, *, is_main: bool
+) -> None:
+    if is_main:
+        events.emit(TimeSpent(progress.step, goodput.of_run(files, job)))
     events.close()
     engine.close()
-    return not stopping
 
 
 def _build_engine(job: ResolvedJob, world: World) -> Engine:
@@ -184,6 +212,7 @@ def _step_finished(
     result: StepResult,
     meter: _Meter,
     attempt: int,
+    slowest: Slowest | None,
 ) -> StepFinished:
     speed, mfu = meter.step(stage)
     return StepFinished(
@@ -199,6 +228,8 @@ def _step_finished(
         attempt=attempt,
         batch_hash=progress.batch_hash,
         applied=result.applied,
+        slowest_rank=slowest.rank if slowest else None,
+        rank_imbalance=slowest.imbalance if slowest else None,
     )
 
 
@@ -232,9 +263,13 @@ class _Meter:
 
     def step(self, stage: ResolvedStage) -> tuple[float, float | None]:
         """(token positions per second, model FLOPs utilisation) of the step that has just ended."""
-        speed = stage.tokens_per_batch / (time.perf_counter() - self._since)
+        speed = stage.tokens_per_batch / self.seconds()
         flops = speed * self._shape.flops_per_token(stage.sequence_length)
         return speed, flops / self._peak if self._peak else None
+
+    def seconds(self) -> float:
+        """Since the step before ended."""
+        return time.perf_counter() - self._since
 
     def resume(self) -> None:
         self._since = time.perf_counter()

@@ -39,4 +39,7 @@ def node_environment(ranks_per_node: int) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        # NCCL's flight recorder: the last collectives of each rank, written when one times out or the watchdog asks
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
     }

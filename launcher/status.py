@@ -10,6 +10,7 @@ from launcher.run_dir import RunDir
 
 def describe_run(run_dir: RunDir) -> list[str]:
     """State, attempt, stage, step, loss, speed and time left, one line each."""
+    from ernie_dist.events.goodput import of_run
     from ernie_dist.events.history import read_metrics
 
     job, attempt = run_dir.job(), run_dir.last_attempt()
@@ -28,8 +29,18 @@ def describe_run(run_dir: RunDir) -> list[str]:
         f"loss       {last['loss']:.4f}",
         f"speed      {speed:,.0f} tokens/s",
         f"time left  {duration(left / speed) if left else 'none'}",
+        f"goodput    {_shares(of_run(run_dir.files, job))}",
         f"last step  {duration(max(0.0, time.time() - last['time']))} ago",
     ]
+
+
+def _shares(seconds: dict[str, float]) -> str:
+    """Of the wall time up to the last record of the run."""
+    from ernie_dist.events.goodput import described, goodput
+
+    rest = ", ".join(f"{part} {share:.1%}" for part, _, share in described(seconds, least=0.01)[1:])
+    whole = f"{goodput(seconds):.1%} of {duration(sum(seconds.values()))} in steps that counted"
+    return f"{whole}; {rest}" if rest else whole
 
 
 def _state(run_dir: RunDir, attempt: int) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from ernie_dist.batch import Batch, MicroBatch
 
@@ -24,6 +27,38 @@ class StepResult:
     """False where the update was left out: refused, or skipped by the engine (fp16 overflow)"""
     flagged: bool
     """whether any rank raised its flag"""
+    busy_seconds: float
+    """this rank's forward passes, which wait for no other rank; under ZeRO-3 they do, and all ranks look alike"""
+
+
+class ForwardClock:
+    """Seconds of a step's forward passes: `with clock:` around each. On a GPU ask once the loss has been read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._begun: Any = None
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        self._begun = self._mark()
+
+    def __exit__(self, *_: object) -> None:
+        ended = self._mark()
+        if self._on_gpu:
+            self._events.append((self._begun, ended))
+        else:
+            self._seconds += ended - self._begun
+
+    def seconds(self) -> float:
+        return self._seconds + sum(begun.elapsed_time(ended) for begun, ended in self._events) / 1000
+
+    def _mark(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def always(loss: float, grad_norm: float) -> bool:

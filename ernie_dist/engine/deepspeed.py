@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from ernie_dist.batch import IGNORED, Batch, MicroBatch
-from ernie_dist.engine.base import StepResult, always, never
+from ernie_dist.engine.base import ForwardClock, StepResult, always, never
 from ernie_dist.engine.optimizer import ParameterGroups, adamw
 from ernie_dist.engine.snapshot import HostCopy
 from ernie_dist.engine.universal import convert_files, read_step
@@ -135,10 +135,11 @@ class DeepSpeedEngine:
         labelled = sum(int((micro.labels_BT != IGNORED).sum()) for micro in batch.micro_batches)
         counted = world.begin_sum(torch.tensor(labelled))  # wanted by the first backward, not before
         self._groups.set_learning_rate(self._optimizer.param_groups, learning_rate)
-        sums = torch.zeros(2, device=self._device)
+        sums, clock = torch.zeros(2, device=self._device), ForwardClock(self._device)
         for number, micro in enumerate(batch.micro_batches, start=1):
             engine.set_gradient_accumulation_boundary(number == len(batch.micro_batches))
-            summed = engine(micro.to(self._device))
+            with clock:
+                summed = engine(micro.to(self._device))
             sums[0] += summed.detach()
             engine.backward(summed * (world.size / max(1, int(counted()))), scale_wrt_gas=False)
         sums[1] = float(flag())
@@ -154,7 +155,7 @@ class DeepSpeedEngine:
         total, flags = summed_up().tolist()
         norm = self._grad_norm(before_clipping)
         applied = engine.was_step_applied() and accepted()
-        return StepResult(total / max(1, loss_tokens), norm, loss_tokens, applied, flagged=flags > 0)
+        return StepResult(total / max(1, loss_tokens), norm, loss_tokens, applied, flags > 0, clock.seconds())
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:

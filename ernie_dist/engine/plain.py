@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ernie_dist.batch import IGNORED, Batch, MicroBatch
-from ernie_dist.engine.base import StepResult, always, never
+from ernie_dist.engine.base import ForwardClock, StepResult, always, never
 from ernie_dist.engine.optimizer import ParameterGroups, adamw
 from ernie_dist.engine.snapshot import HostCopy
 from ernie_dist.spec.errors import CheckpointError, SpecError
@@ -61,9 +61,9 @@ class PlainEngine:
     ) -> StepResult:
         self.model.train()
         loss_tokens = sum(int((micro.labels_BT != IGNORED).sum()) for micro in batch.micro_batches)
-        total = torch.zeros((), device=self._device)
+        total, clock = torch.zeros((), device=self._device), ForwardClock(self._device)
         for micro in batch.micro_batches:
-            with self._autocast():
+            with clock, self._autocast():
                 summed = self._loss(self.model, micro.to(self._device))
             (summed / max(1, loss_tokens)).backward()
             total += summed.detach()
@@ -74,7 +74,7 @@ class PlainEngine:
             self._groups.set_learning_rate(self._optimizer.param_groups, learning_rate)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, norm, loss_tokens, applied, flagged=flag())
+        return StepResult(loss, norm, loss_tokens, applied, flag(), clock.seconds())
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:

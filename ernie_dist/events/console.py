@@ -22,7 +22,10 @@ from ernie_dist.events.event import (
     StageStarted,
     StepFinished,
     Stopped,
+    Straggler,
+    TimeSpent,
 )
+from ernie_dist.events.goodput import PARTS, described
 from ernie_dist.events.wording import cut, display_width, human_bytes, human_count, human_seconds, perplexity_text
 
 REDRAW_SECONDS = 0.1
@@ -172,6 +175,13 @@ class ConsoleSink:
             return [f"checkpoint {event.checkpoint}: {size} in {event.seconds:.1f} s, {waited:.1f} s of it waited for"]
         if isinstance(event, Stopped):
             return [f"stopped after step {event.step} ({event.reason}); launch again to go on"]
+        if isinstance(event, Straggler):
+            return [
+                f"rank {event.rank} is slow: {event.busy_seconds:.3g} s a step in reading and forward passes, "
+                f"{event.imbalance:.1f} times the others' (since about step {event.step})"
+            ]
+        if isinstance(event, TimeSpent):
+            return _time_table(event)
         if isinstance(event, Failed):
             return [f"rank {event.rank} failed after step {event.step}: {event.kind}: {event.message}"]
         if isinstance(event, Finished):
@@ -198,6 +208,16 @@ class ConsoleSink:
             return os.get_terminal_size(self._stream.fileno()).columns or 80
         except (OSError, ValueError, AttributeError):  # no terminal behind it
             return int(os.environ.get("COLUMNS") or 80)
+
+
+def _time_table(event: TimeSpent) -> list[str]:
+    rows = described(event.seconds)
+    head = f"wall time of all attempts: {human_seconds(sum(event.seconds.values()))}"
+    width = max((len(part) for part, _, _ in rows), default=0)
+    return [
+        head,
+        *(f"  {part:<{width}}  {share:>6.1%}  {human_seconds(s):>9}  {PARTS[part]}" for part, s, share in rows),
+    ]
 
 
 class Pace:

@@ -87,6 +87,10 @@ class StepFinished(Event):
     batch_hash: str
     applied: bool
     """False if the engine skipped the update"""
+    slowest_rank: int | None = None
+    """every 16 steps, where there are several ranks: who was longest busy by itself"""
+    rank_imbalance: float | None = None
+    """its busy time over the median of the others'"""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,52 @@ class CheckpointSaved(Event):
     bytes: int
     seconds: float
     blocked: float
+
+
+@dataclass(frozen=True)
+class PhaseEnded(Event):
+    """Rank 0 is through with a start, an evaluation, a save (what of it holds up steps) or the export."""
+
+    attempt: int
+    phase: str
+    step: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Straggler(Event):
+    """A rank began to be slower than the others."""
+
+    step: int
+    rank: int
+    imbalance: float
+    """its busy time over the median of the others'"""
+    busy_seconds: float
+    """of a step, reading and forward passes, mean over the last ones"""
+
+
+@dataclass(frozen=True)
+class HangDetected(Event):
+    """The watchdog ended the attempt."""
+
+    attempt: int
+    step: int
+    ranks: tuple[int, ...]
+    """to blame"""
+    phase: str
+    seconds: float
+    limit: float
+    message: str
+    stacks: tuple[str, ...]
+    """files, seen from the run directory"""
+
+
+@dataclass(frozen=True)
+class TimeSpent(Event):
+    """Where the wall time of all attempts went so far, in seconds; see events/goodput.py for the parts."""
+
+    step: int
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)

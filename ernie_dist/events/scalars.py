@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ernie_dist.events.event import Evaluated, Event, StepFinished
+from ernie_dist.events.event import Evaluated, Event, StepFinished, TimeSpent
+from ernie_dist.events.goodput import goodput
 from ernie_dist.events.wording import perplexity
 
 
@@ -18,7 +19,11 @@ def scalars(event: Event) -> dict[str, float]:
         }
         if event.mfu is not None:
             points["perf/mfu"] = event.mfu
+        if event.rank_imbalance is not None:
+            points["perf/rank_imbalance"] = event.rank_imbalance
         return points
+    if isinstance(event, TimeSpent):
+        return {"perf/goodput": goodput(event.seconds)}
     if isinstance(event, Evaluated):
         return {f"eval/{event.source}/loss": event.loss, f"eval/{event.source}/perplexity": perplexity(event.loss)}
     return {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ernie_dist.events.event import AttemptStarted, CheckpointSaved, Evaluated, Event, StepFinished
+from ernie_dist.events.event import AttemptStarted, CheckpointSaved, Evaluated, Event, StepFinished, TimeSpent
 from ernie_dist.events.scalars import scalars
 
 FLUSH_SECONDS = 10
@@ -21,7 +21,7 @@ class TensorboardSink:
     def handle(self, event: Event) -> None:
         if isinstance(event, AttemptStarted):
             self._open(event.step)
-        elif isinstance(event, (StepFinished, Evaluated)):
+        elif isinstance(event, (StepFinished, Evaluated, TimeSpent)):
             if self._writer is None:
                 self._open(event.step - 1)
             for name, value in scalars(event).items():

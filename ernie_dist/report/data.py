@@ -5,7 +5,6 @@ job.json + metrics.jsonl + events.jsonl + manifests of the sources -> RunSummary
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import statistics
@@ -13,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ernie_dist.events.goodput import PARTS, described, of_run
 from ernie_dist.events.history import Replayed, read_all_attempts, read_events, read_metrics, replayed_steps
 from ernie_dist.events.wording import perplexity
+from ernie_dist.report.attempts import Attempt, SlowRank, attempts_of, slow_ranks
 from ernie_dist.spec.resolve import ResolvedJob, ResolvedStage
 from ernie_dist.spec.run_files import RunFiles
 
@@ -94,27 +95,6 @@ class SourceSummary:
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """One start of the run."""
-
-    number: int
-    time: float
-    from_step: int
-    last_step: int
-    steps: int
-    """steps it executed"""
-    world_size: int
-    device: str
-    engine: str
-    parameters: int
-    versions: dict[str, str]
-    restored_from: str | None
-    outcome: str
-    """finished, stopped, failed, killed; of the last one without a word: running or killed"""
-    detail: str
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     step: int
     name: str
@@ -144,6 +124,10 @@ class RunSummary:
     restarts: list[int]
     """consumed tokens at which a later attempt went on"""
     skipped_steps: int
+    time: dict[str, float]
+    """seconds of each part of the wall time"""
+    slow: list[SlowRank]
+    """ranks that were too slow at some time"""
 
     @property
     def steps(self) -> int:
@@ -152,6 +136,11 @@ class RunSummary:
     @property
     def tokens(self) -> int:
         return self.metrics[-1]["consumed_tokens"] if self.metrics else 0
+
+    @property
+    def time_shares(self) -> list[tuple[str, float, float, str]]:
+        """Parts of the wall time: name, seconds, share, what it is."""
+        return [(part, seconds, share, PARTS[part]) for part, seconds, share in described(self.time)]
 
     @property
     def outcome(self) -> str:
@@ -191,7 +180,8 @@ def collect(run_dir: Path) -> RunSummary:
     events = read_events(files.events)
     evaluations = _evaluations(events)
     matrix = _matrix(job, evaluations)
-    attempts = _attempts(events, read_all_attempts(files.metrics))
+    lines = read_all_attempts(files.metrics)
+    attempts = attempts_of(events, lines)
     return RunSummary(
         files=files,
         job=job,
@@ -204,6 +194,8 @@ def collect(run_dir: Path) -> RunSummary:
         replays=replayed_steps(files.metrics),
         checkpoints=_checkpoints(files, events),
         refused=[(e["checkpoint"], e["reason"]) for e in events if e["event"] == "CheckpointRefused"],
+        time=of_run(files, job),
+        slow=slow_ranks(lines, job.spec.watchdog.straggler),
         restarts=[job.consumed_tokens(a.from_step) for a in attempts[1:]],
         skipped_steps=sum(not step.get("applied", True) for step in metrics),
     )
@@ -329,50 +321,6 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _attempts(events: list[dict[str, Any]], lines: list[dict[str, Any]]) -> list[Attempt]:
-    executed: dict[int, list[int]] = {}
-    for line in lines:
-        executed.setdefault(line["attempt"], []).append(line["step"])
-    starts = [index for index, event in enumerate(events) if event["event"] == "AttemptStarted"]
-    attempts = []
-    for begin, end in itertools.pairwise([*starts, len(events)]):
-        start, rest = events[begin], events[begin + 1 : end]
-        outcome, detail = _outcome(rest)
-        if not outcome:  # it left no last word
-            outcome = "running or killed" if end == len(events) else "killed"
-        restored = next((e for e in events if e["event"] == "Restored" and e["attempt"] == start["attempt"]), None)
-        steps = executed.get(start["attempt"], [])
-        attempts.append(
-            Attempt(
-                number=start["attempt"],
-                time=start["time"],
-                from_step=start["step"],
-                last_step=max(steps, default=start["step"]),
-                steps=len(steps),
-                world_size=start["world_size"],
-                device=start["device"],
-                engine=start["engine"],
-                parameters=start["parameters"],
-                versions=start["versions"],
-                restored_from=Path(restored["checkpoint"]).name if restored else None,
-                outcome=outcome,
-                detail=detail,
-            )
-        )
-    return attempts
-
-
-def _outcome(events: list[dict[str, Any]]) -> tuple[str, str]:
-    for event in reversed(events):
-        if event["event"] == "Finished":
-            return "finished", ""
-        if event["event"] == "Stopped":
-            return "stopped", event["reason"]
-        if event["event"] == "Failed":
-            return "failed", f"rank {event['rank']}: {event['kind']}: {event['message']}"
-    return "", ""
 
 
 def _checkpoints(files: RunFiles, events: list[dict[str, Any]]) -> list[Checkpoint]:

@@ -14,6 +14,17 @@ from ernie_dist.events.wording import human_bytes, human_count, human_seconds, p
 from ernie_dist.report import charts
 from ernie_dist.report.data import RunSummary, collect
 
+_PART_COLOURS = {
+    "steps": "train",
+    "start-up": "source-0",
+    "restore": "source-3",
+    "evaluation": "source-1",
+    "save": "source-5",
+    "export": "source-6",
+    "lost": "restart",
+    "waiting": "muted",
+    "other": "grid",
+}
 MOST_REPLAYS = 12
 """rows of the table of steps executed twice; differing steps come first"""
 
@@ -65,6 +76,7 @@ def render(run: RunSummary) -> str:
         same_ranks=len({attempt.world_size for attempt in run.attempts}) <= 1,
         job_yaml=_job_yaml(run),
         versions=_version_columns(run),
+        part_colours=_PART_COLOURS,
     )
 
 

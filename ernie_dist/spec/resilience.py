@@ -30,7 +30,7 @@ class WatchdogSpec(Strict):
     step: TimeLimit = Field(timedelta(minutes=5), description="floor for a step")
     save: TimeLimit = Field(timedelta(minutes=30), description="floor for a save, an evaluation, the export")
     factor: float = Field(10.0, gt=1, description="of the longest time seen")
-    straggler: float = Field(1.5, gt=1, description="a rank this many times slower than the median is named")
+    straggler: float = Field(1.5, gt=1, description="a rank this many times slower than the others' median is named")
 
 
 class BadNumbersSpec(Strict):

@@ -2,7 +2,7 @@
 
 RUN_DIR/
   job.json             the resolved job
-  attempts/0001/       launch.json, one log per rank, error.json
+  attempts/0001/       launch.json, one log per rank, error.json, stacks_rank_00000.txt after a hang
   metrics.jsonl        one line per optimizer step; of a step written twice the later attempt counts
   events.jsonl         everything else that happened
   checkpoints/step_00000120/
@@ -85,6 +85,14 @@ class RunFiles:
     def error(self, attempt: int) -> Path:
         """What the first rank that failed left behind."""
         return self.attempt(attempt) / "error.json"
+
+    def stacks(self, attempt: int, rank: int) -> Path:
+        """Where a rank was when the watchdog ended the attempt."""
+        return self.attempt(attempt) / f"stacks_rank_{rank:05d}.txt"
+
+    def nccl_trace(self, attempt: int, rank: int) -> Path:
+        """NCCL's flight recorder of a rank, as torch names it."""
+        return self.attempt(attempt) / f"nccl_trace_rank_{rank}"
 
     def outcome(self, attempt: int) -> Path:
         """How an attempt ended, where it ended by itself."""

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ernie_dist.events.event import (
     Evaluated,
     EventBus,
     Finished,
+    HangDetected,
     Restored,
     StageStarted,
     StepFinished,
@@ -282,6 +284,26 @@ def test_stopped_refused_not_finite_and_without_data(job, files, tmp_path):
         manifest.unlink()
     text = Loads(build_report(files.root)).text
     for words in ["stopped", "SIGTERM", "engine/shard <0> does not verify", "1 skipped by the engine"]:
+        assert words in text, words
+
+
+def test_a_hang_slow_ranks_and_lost_time_are_told(job, files):
+    run_attempt(job, files, 1, 0, 3)
+    bus = EventBus([JsonlSink(files)])
+    same = {"stage": "general", "loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.0, "tokens_per_second": 4096.0}
+    same |= {"loss_tokens": 1, "batch_hash": "", "mfu": None, "applied": True, "attempt": 1}
+    begun = time.time()
+    for step, rank, imbalance in ((4, 5, 1.2), (5, 7, 2.5), (6, 7, 3.5)):
+        found = {"slowest_rank": rank, "rank_imbalance": imbalance, "consumed_tokens": step * 4096}
+        bus.emit(StepFinished(step=step, time=begun + step, **found, **same))
+    bus.emit(HangDetected(1, 6, (7,), "step", 60.0, 50.0, "rank 7 hangs", (), time=begun + 66))
+    bus.close()
+    run = collect(files.root)
+    assert (run.outcome, run.attempts[0].detail) == ("hung", "rank 7 hangs")
+    assert [(one.rank, one.windows, one.measured, one.worst, one.worst_step) for one in run.slow] == [(7, 2, 3, 3.5, 6)]
+    assert run.time["lost"] == pytest.approx(60.0)
+    text = Loads(build_report(files.root)).text
+    for words in ["Where the time went", "steps executed again", "Rank 7 was too slow in 2 of 3", "rank 7 hangs"]:
         assert words in text, words
 
 
