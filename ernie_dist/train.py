@@ -31,6 +31,7 @@ from ernie_dist.events.event import (
     StepFinished,
     Stopped,
 )
+from ernie_dist.events.history import read_events
 from ernie_dist.events.sinks import build_sinks
 from ernie_dist.export.transformers_folder import export_model
 from ernie_dist.model.build import build_model
@@ -40,7 +41,7 @@ from ernie_dist.schedule import learning_rate
 from ernie_dist.spec.errors import EnvironmentProblem
 from ernie_dist.spec.hardware import peak_flops
 from ernie_dist.spec.resolve import ResolvedJob, ResolvedStage
-from ernie_dist.spec.run_files import RunFiles, complete_checkpoints
+from ernie_dist.spec.run_files import RunFiles, complete_checkpoints, read_state
 from ernie_dist.spec.shape import ModelShape
 from ernie_dist.stop import StopRequest
 from ernie_dist.world import World
@@ -50,7 +51,7 @@ def train(run_dir: Path, attempt: int, world: World, console: IO[str]) -> bool:
     """Runs or goes on with the job of a run directory. True when it is finished, False when it stopped on request."""
     files = RunFiles(run_dir)
     job = ResolvedJob.read(files.job)
-    stop = StopRequest(files.stop, world)
+    stop = StopRequest((files.stop, files.signalled(attempt)), world, saves=_save_seconds(files))
     engine = _build_engine(job, world)
     store = CheckpointStore(files.checkpoints, job, world)
     _refuse_full_disk(files, job, engine)
@@ -59,13 +60,17 @@ def train(run_dir: Path, attempt: int, world: World, console: IO[str]) -> bool:
     progress = _restore(store, engine, job, attempt, events)
     events.emit(_attempt_started(job, attempt, progress, engine, world))
     held_out, meter = HeldOut(job, world), _Meter(job, engine, world)
-    if progress.batch_index == 0:
-        _evaluate(engine, held_out, job, progress, "start", events)
+    if world.from_main(_evaluation_is_owed(job, files, progress, held_out)):
+        name = job.stage_at(progress.batch_index - 1).name if progress.batch_index else "start"
+        _evaluate(engine, held_out, job, progress, name, events, stop)
         meter.resume()
 
-    stage, stopping = None, False
+    stage, stopping = None, stop.requested()
+    if stopping:  # before the first step: the checkpoint this attempt began with is all there is to keep
+        events.emit(Stopped(progress.step, stop.reason()))
+    end = progress.batch_index if stopping else job.total_batches
     ahead = 2 if world.device.type == "cuda" else 0
-    for batch in load_batches(BatchLoader(job, world), progress.batch_index, job.total_batches, ahead=ahead):
+    for batch in load_batches(BatchLoader(job, world), progress.batch_index, end, ahead=ahead):
         if stage is None or batch.index == stage.end_batch:
             stage = job.stage_at(batch.index)
             engine.freeze(stage.freeze)
@@ -74,16 +79,17 @@ def train(run_dir: Path, attempt: int, world: World, console: IO[str]) -> bool:
         result = engine.step(batch, rate)
         progress = progress.after(batch.sequence_ids)
         events.emit(_step_finished(job, stage, progress, rate, result, meter, attempt))
-        every = job.spec.evaluate.every
-        if job.is_stage_end(progress.batch_index) or (every and job.crosses(every, progress.batch_index)):
-            _evaluate(engine, held_out, job, progress, stage.name, events)
+        if _evaluation_is_due(job, progress):
+            _evaluate(engine, held_out, job, progress, stage.name, events, stop)
         finished = progress.batch_index == job.total_batches
         stopping = stop.requested() and not finished
-        if stopping or finished or store.due(progress):
+        saving = stop.save_fits() if stopping else finished or store.due(progress)
+        if saving:
             saved = store.save(engine, progress)
+            stop.saved(saved.seconds)
             events.emit(CheckpointSaved(progress.step, saved.folder.name, saved.bytes, saved.seconds))
         if stopping:
-            events.emit(Stopped(progress.step, stop.reason()))
+            events.emit(_stopped(job, files, progress, stop.reason(), saved=saving))
             break
         meter.resume()
     if not stopping:
@@ -116,10 +122,48 @@ def _restore(store: CheckpointStore, engine: Engine, job: ResolvedJob, attempt: 
     return progress
 
 
+def _save_seconds(files: RunFiles) -> list[float]:
+    """What the run's saves took so far."""
+    return [event["seconds"] for event in read_events(files.events) if event["event"] == "CheckpointSaved"]
+
+
+def _evaluation_is_due(job: ResolvedJob, progress: Progress) -> bool:
+    every = job.spec.evaluate.every
+    return job.is_stage_end(progress.batch_index) or bool(every and job.crosses(every, progress.batch_index))
+
+
+def _evaluation_is_owed(job: ResolvedJob, files: RunFiles, progress: Progress, held_out: HeldOut) -> bool:
+    """Before the first step: at the very beginning, or where a stop cut the evaluation at this checkpoint short."""
+    if progress.batch_index == 0:
+        return True
+    if not _evaluation_is_due(job, progress):
+        return False
+    events = read_events(files.events)
+    measured = {event["source"] for event in events if event["event"] == "Evaluated" and event["step"] == progress.step}
+    return bool(held_out.sources - measured)
+
+
+def _stopped(job: ResolvedJob, files: RunFiles, progress: Progress, reason: str, *, saved: bool) -> Stopped:
+    if saved:
+        return Stopped(progress.step, reason)
+    newest = [Progress.from_json(read_state(one)["progress"]) for one in complete_checkpoints(files.checkpoints)[:1]]
+    kept = newest[0] if newest else Progress.start()
+    tokens = job.consumed_tokens(progress.batch_index) - job.consumed_tokens(kept.batch_index)
+    return Stopped(progress.step, reason, progress.step - kept.step, tokens)
+
+
 def _evaluate(
-    engine: Engine, held_out: HeldOut, job: ResolvedJob, progress: Progress, stage: str, events: EventBus
+    engine: Engine,
+    held_out: HeldOut,
+    job: ResolvedJob,
+    progress: Progress,
+    stage: str,
+    events: EventBus,
+    stop: StopRequest,
 ) -> None:
-    for measured in held_out.losses(engine):
+    """A stop cuts it short, except at the very end of the run, where nothing would make up for it."""
+    last = progress.batch_index == job.total_batches
+    for measured in held_out.losses(engine, lambda: not last and stop.requested()):
         events.emit(
             Evaluated(
                 step=progress.step,

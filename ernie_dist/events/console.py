@@ -166,6 +166,11 @@ class ConsoleSink:
         if isinstance(event, CheckpointSaved):
             return [f"checkpoint {event.checkpoint}: {human_bytes(event.bytes)} in {event.seconds:.1f} s"]
         if isinstance(event, Stopped):
+            if event.repeated_steps:
+                return [
+                    f"stopped after step {event.step} ({event.reason}) without a checkpoint, for which there was no time; "
+                    f"{event.repeated_steps} steps ({event.repeated_tokens:,} tokens) will be done again"
+                ]
             return [f"stopped after step {event.step} ({event.reason}); launch again to go on"]
         if isinstance(event, Failed):
             return [f"rank {event.rank} failed after step {event.step}: {event.kind}: {event.message}"]
