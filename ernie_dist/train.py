@@ -60,7 +60,7 @@ def train(run_dir: Path, attempt: int, world: World, console: IO[str]) -> bool:
     progress = _restore(store, engine, job, attempt, events)
     events.emit(_attempt_started(job, attempt, progress, engine, world))
     held_out, meter = HeldOut(job, world), _Meter(job, engine, world)
-    if world.from_main(_evaluation_is_owed(job, files, progress, held_out)):
+    if world.any(world.is_main and _evaluation_is_owed(job, files, progress, held_out)):
         name = job.stage_at(progress.batch_index - 1).name if progress.batch_index else "start"
         _evaluate(engine, held_out, job, progress, name, events, stop)
         meter.resume()

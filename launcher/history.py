@@ -16,7 +16,7 @@ from launcher.restart import AttemptEnd
 from launcher.run_dir import RunDir
 
 _SIGTERM = 15
-_FAILURE = re.compile(r"rank\s*: (\d+) .*?exitcode\s*: -(\d+) ", re.DOTALL)
+_FAILURE = re.compile(r"rank +: (\d+) .*\n +exitcode +: -(\d+) ")
 """a rank that a signal ended, in torchrun's summary"""
 
 

@@ -46,7 +46,7 @@ class HeldOut:
         return set(self._readers)
 
     def losses(self, engine: Engine, cancelled: Callable[[], bool]) -> Iterator[HeldOutLoss]:
-        """Evaluates source by source, up to the one in which `cancelled`, the same on all ranks, says so. Collective."""
+        """Evaluates source by source, until `cancelled` says so, which has to be the same on all ranks. Collective."""
         for name, reader in self._readers.items():
             self._cancelled = False
             total, tokens = engine.evaluate(self._mine(reader, cancelled))

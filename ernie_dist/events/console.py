@@ -168,7 +168,7 @@ class ConsoleSink:
         if isinstance(event, Stopped):
             if event.repeated_steps:
                 return [
-                    f"stopped after step {event.step} ({event.reason}) without a checkpoint, for which there was no time; "
+                    f"stopped after step {event.step} ({event.reason}) with no time left for a checkpoint; "
                     f"{event.repeated_steps} steps ({event.repeated_tokens:,} tokens) will be done again"
                 ]
             return [f"stopped after step {event.step} ({event.reason}); launch again to go on"]

@@ -337,15 +337,18 @@ def test_a_run_has_one_owner(tmp_path: Path, refusal: Callable[..., str]) -> Non
         pass
 
 
-def test_attempts_are_numbered_and_an_old_request_to_stop_does_not_stop_the_next(tmp_path: Path) -> None:
+def test_attempts_are_numbered_and_a_request_to_stop_is_forgotten_by_a_new_launch_alone(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.freeze(resolved())
     assert run.last_attempt() == 0 and run.new_attempt(launcher="local", ranks=2) == 1
-    run.files.stop.write_text("ernie stop\n")
     shutil.rmtree(run.files.attempt(1))
     run.files.attempt(9).mkdir()
-    assert run.new_attempt() == 10 == run.last_attempt()
-    assert not run.files.stop.exists()
+    run.files.stop.write_text("from before")
+    with run.owned():
+        assert not run.files.stop.exists()
+        run.files.stop.write_text("from between two attempts")
+        assert run.new_attempt() == 10 == run.last_attempt()
+        assert run.files.stop.exists()
     assert ResolvedJob.read(run.files.attempt(10) / "job.json") == resolved()
     assert json.loads((run.files.attempt(10) / "launch.json").read_text())["pid"]
 
