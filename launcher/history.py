@@ -37,8 +37,8 @@ def cause(run_dir: RunDir, attempt: int, returncode: int | None) -> Cause:
     returncode: of the node command, negative for a signal; None if nobody waited for it.
     """
     files = run_dir.files
-    log = files.attempt(attempt) / "node_0000.log"
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    logs = sorted(files.attempt(attempt).glob("node_*.log"))
+    text = "\n".join(log.read_text(encoding="utf-8", errors="replace") for log in logs)
     killed = [(int(rank), int(number)) for rank, number in _FAILURE.findall(text) if int(number) != _SIGTERM]
     if killed:
         rank, number = killed[0]
@@ -47,7 +47,7 @@ def cause(run_dir: RunDir, attempt: int, returncode: int | None) -> Cause:
     if ending is None:
         how = "unseen" if returncode is None else f"exit code {returncode}"
         how = f"signal {-returncode}" if returncode is not None and returncode < 0 else how
-        return Cause(CRASHED, f"it ended ({how}) before a rank could say why", log=log if text else None)
+        return Cause(CRASHED, f"it ended ({how}) before a rank could say why", log=logs[0] if text else None)
     code = int(ending["exit_code"])
     if "message" not in ending:
         return Cause(code)

@@ -70,7 +70,8 @@ def test_a_killed_rank_and_a_killed_attempt_are_started_again_and_the_curve_is_t
     lost = first.after_step - first.checkpoint
     assert lines[0] == (
         f"attempt 1 ended after step {first.after_step}; step_{first.checkpoint:08d} stays, {lost} steps "
-        f"({lost * 1024:,} tokens) are done again; starts again in 1 s (restart 1 of at most 10 without a new checkpoint)"
+        f"({lost * 1024:,} tokens) are done again; starts again in 1 s "
+        "(restart 1 of at most 10 without a new checkpoint)"
     )
     assert len(lines) == 2 and "restart 1 of" in lines[1], "attempt 2 had reached a new checkpoint"
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ernie_dist.data.resolve import resolve_prepared
 from ernie_dist.spec.assets import asset_folder
 from ernie_dist.spec.errors import RunDirError
 from ernie_dist.spec.job import load_job, parse_job
+from ernie_dist.spec.lease import Holder
 from ernie_dist.spec.resolve import PackedLength, ResolvedJob, ResolvedSource, ResolvedTokenizer, resolve
 from ernie_dist.spec.resources import ResourcesSpec
 from launcher.base import Attempt
@@ -359,6 +361,20 @@ def test_status_and_stop_of_a_run_that_never_started(tmp_path: Path, capsys: pyt
     assert main(["status", str(tmp_path)]) == 0 and "never started" in capsys.readouterr().out
     assert main(["stop", str(tmp_path)]) == 0 and "nothing is running" in capsys.readouterr().out
     assert not run.files.stop.exists(), "it would stop the next attempt"
+
+
+def test_a_launch_on_another_host_can_be_seen_and_stopped_from_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path)
+    run.freeze(resolved())
+    run.files.lease.mkdir()
+    holder = Holder(1, "token", "n7", "another kernel", 4711, "1", job="slurm 12", attempt=1)
+    (run.files.lease / "00000001.json").write_text(json.dumps(asdict(holder)))
+    assert main(["status", str(tmp_path)]) == 0
+    assert "running on n7 (process 4711, slurm 12), as far as can be seen from here" in capsys.readouterr().out
+    assert main(["stop", str(tmp_path), "--notice", "1m30s"]) == 0
+    assert json.loads(run.files.stop.read_text()) == {"reason": "ernie stop", "notice": 90.0, "now": False}
 
 
 # --- the node command --------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import pytest
 
 from ernie_dist.spec.errors import LeaseLost, RunDirError
 from ernie_dist.spec.lease import Holder, Lease, current, holds, refuse_if_lost
-from launcher.cli import main
 from launcher.run_dir import RunDir
 
 RACER = """
@@ -108,17 +107,3 @@ os._exit(9)
         assert lease.taken_over and run.is_running()
         assert [path.name for path in run.files.checkpoints.iterdir()] == ["step_00000005"]
     assert not run.is_running()
-
-
-def test_a_launch_elsewhere_can_be_seen_and_stopped_from_here(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from tests.unit.test_launcher import resolved
-
-    run = RunDir(tmp_path)
-    run.freeze(resolved())
-    elsewhere(tmp_path, job="slurm 12")
-    assert main(["status", str(tmp_path)]) == 0
-    assert "running on n7 (process 4711, slurm 12), as far as can be seen from here" in capsys.readouterr().out
-    assert main(["stop", str(tmp_path), "--notice", "1m30s"]) == 0
-    assert json.loads(run.files.stop.read_text()) == {"reason": "ernie stop", "notice": 90.0, "now": False}
