@@ -28,7 +28,7 @@ class StopRequest:
         self._saves, self._gaps = deque(saves, maxlen=5), deque([0.0], maxlen=256)
         self._looked: float | None = None
         self._read = dict.fromkeys(self._files)
-        self._reason, self._notice_ends = "", None
+        self._reason, self._notice_ends, self._lock = "", None, threading.Lock()
         deadline = os.environ.get(DEADLINE)
         self._limit = time.monotonic() + float(deadline) - time.time() if deadline else None
         self._first_save = min(_FIRST_SAVE, max(0.0, self._limit - time.monotonic()) / 10) if self._limit else 0.0
@@ -81,12 +81,12 @@ class StopRequest:
             time.sleep(_LOOK_EVERY)
 
     def _look(self) -> None:
-        for file in self._files:
-            note = read(file) if file.exists() else None
-            if note is None or note == self._read[file]:
-                continue
-            if note.notice is not None:  # a later request may leave less time, never more
-                ends = time.monotonic() + note.notice
-                self._notice_ends = ends if self._notice_ends is None else min(ends, self._notice_ends)
-            self._read[file] = note
-            self._reason = note.reason
+        with self._lock:  # or what one thread has read some time ago hides what the other has just read
+            for file in self._files:
+                note = read(file) if file.exists() else None
+                if note is None or note == self._read[file]:
+                    continue
+                if note.notice is not None:  # a later request may leave less time, never more
+                    ends = time.monotonic() + note.notice
+                    self._notice_ends = ends if self._notice_ends is None else min(ends, self._notice_ends)
+                self._read[file], self._reason = note, note.reason

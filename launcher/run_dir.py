@@ -106,7 +106,7 @@ class RunDir:
                     f"{self.root}: another launch is running in it; watch it with `ernie status {self.root}`, "
                     f"end it with `ernie stop {self.root}`, or wait for its end with `ernie launch --wait`"
                 )
-            lease = Lease.acquire(self.root, attempt=1 + self.last_attempt(), wait=wait)
+            lease = Lease.acquire(self.root, attempt=1 + self.last_attempt(), wait=wait, say=_say)
             try:
                 self.files.stop.unlink(missing_ok=True)
                 if lease.taken_over:
@@ -154,7 +154,7 @@ class RunDir:
                 except BlockingIOError:
                     if number != tries:
                         if number == 10:
-                            print(f"waiting for the end of another launch in {self.root}", flush=True)
+                            _say(f"waiting for the end of another launch in {self.root}")
                         time.sleep(0.1)
                         continue
                     yield False
@@ -232,3 +232,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _said(flat: dict[str, Any], key: str) -> str:
     return json.dumps(flat[key], ensure_ascii=False) if key in flat else "(absent)"
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
