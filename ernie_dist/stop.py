@@ -14,8 +14,9 @@ from ernie_dist.world import World
 
 _MARGIN = 1.5
 """a save may take this much longer than the slowest of the last ones"""
-_FIRST_SAVE = 60.0
-"""seconds kept for a save at the end of the time limit, while none has been measured"""
+_FIRST_SAVE, _LEAVING = 60.0, 15.0
+"""seconds kept at the end of the time limit, but not more than a tenth of it: for a save while none has been measured,
+and for all processes to end"""
 _LOOK_EVERY = 0.5
 
 
@@ -31,7 +32,8 @@ class StopRequest:
         self._reason, self._notice_ends, self._lock = "", None, threading.Lock()
         deadline = os.environ.get(DEADLINE)
         self._limit = time.monotonic() + float(deadline) - time.time() if deadline else None
-        self._first_save = min(_FIRST_SAVE, max(0.0, self._limit - time.monotonic()) / 10) if self._limit else 0.0
+        tenth = max(0.0, self._limit - time.monotonic()) / 10 if self._limit else 0.0
+        self._first_save, self._leaving = min(_FIRST_SAVE, tenth), min(_LEAVING, tenth)
         if world.is_main:  # a notice counts from when it is given, and a step may be long
             threading.Thread(target=self._watch, name="stop", daemon=True).start()
 
@@ -72,8 +74,9 @@ class StopRequest:
         return not self._world.any(self._world.is_main and short)
 
     def _needed(self) -> float:
-        """Seconds for one more step and a save."""
-        return max(self._gaps) + (_MARGIN * max(self._saves) if self._saves else self._first_save)
+        """Seconds for one more step, a save, and the end."""
+        save = _MARGIN * max(self._saves) if self._saves else self._first_save
+        return max(self._gaps) + save + self._leaving
 
     def _watch(self) -> None:
         while True:

@@ -33,14 +33,14 @@ def test_a_save_is_made_if_it_fits_into_the_notice(tmp_path: Path) -> None:
     ask(ours, StopNote("ernie stop", notice=100))
     time.sleep(1.2)  # nobody asks, as in a long step: the notice runs all the same
     left = stop.seconds_left()
-    assert left is not None and 97 < left < 99.6
+    assert left is not None and 95 < left < 99.6
     assert stop.save_fits(), "what a save takes is not known yet"
     stop.saved(60)
     assert stop.requested() and stop.save_fits()
     stop.saved(70)
     assert not stop.save_fits(), "70 s and half as much again do not fit into 98 s"
     ask(ours, StopNote("later", notice=1000))
-    assert stop.requested() and stop.reason() == "later" and stop.seconds_left() < 99  # type: ignore[operator]
+    assert stop.requested() and stop.reason() == "later" and stop.seconds_left() <= left  # type: ignore[operator]
 
 
 def test_the_time_limit_stops_a_run_early_enough_for_a_step_and_a_save(
@@ -51,7 +51,7 @@ def test_the_time_limit_stops_a_run_early_enough_for_a_step_and_a_save(
     stop = StopRequest((tmp_path / "stop",), World(), saves=[0.4])
     while not stop.requested():
         time.sleep(0.3)  # a step
-    assert 1.0 < time.monotonic() - begun < 2.6, "3 s, less a step of 0.3 s and a save of 0.6 s"
+    assert 0.8 < time.monotonic() - begun < 2.4, "3 s, less a step of 0.3 s, a save of 0.6 s and 0.3 s to end"
     assert stop.reason() == "time limit" and stop.save_fits()
     monkeypatch.setenv(DEADLINE, str(time.time() + 100))
     first = StopRequest((tmp_path / "stop",), World())
