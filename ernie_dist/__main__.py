@@ -18,6 +18,7 @@ from ernie_dist.heartbeat import Watched
 from ernie_dist.spec.errors import ErnieError
 from ernie_dist.spec.orphan import die_with_parent
 from ernie_dist.spec.run_files import RunFiles
+from ernie_dist.spec.stop_file import listen
 
 STOPPED = 75
 """exit code of an attempt that stopped on request and can go on"""
@@ -26,6 +27,7 @@ STOPPED = 75
 def main() -> int:
     files, attempt, rank = RunFiles(Path(sys.argv[1])), int(sys.argv[2]), int(os.environ.get("RANK", 0))
     die_with_parent()
+    listen(files.signalled(attempt))  # before what takes long to import
     console = _take_over_output(files.rank_log(attempt, rank))
     try:
         watched = Watched(files, attempt)
@@ -65,6 +67,7 @@ def _leave_error(files: RunFiles, attempt: int, rank: int, error: BaseException)
         "kind": type(error).__name__,
         "message": message,
         "exit_code": code,
+        "final": isinstance(error, ErnieError) and error.final,
         "traceback": traceback.format_exc(),
     }
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,8 @@ class Attempt:
     run_dir: Path
     number: int
     resources: ResourcesSpec
+    deadline: float | None = None
+    """when it has to be over, in seconds since the epoch"""
 
 
 class Launcher(Protocol):
@@ -26,6 +29,10 @@ class Launcher(Protocol):
         """The script that starts the attempt: pure, readable, and runnable again by hand."""
         ...
 
-    def run(self, attempt: Attempt) -> int:
-        """Starts the attempt and waits for it. Returns the exit code of the contract."""
+    def run(self, attempt: Attempt, end_now: Callable[[], bool]) -> int:
+        """Starts the attempt and waits for it. Returns its own exit code, negative for a signal.
+
+        end_now: asked every half second or so; whether to kill the attempt at once. If it raises, the attempt is killed
+        too. How the attempt ended, and why, is read from the files it leaves.
+        """
         ...

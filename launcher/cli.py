@@ -77,11 +77,17 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument(
         "--workers", type=_positive, metavar="N", help="processes that prepare data (default: all cores)"
     )
+    launch.add_argument("--no-restart", action="store_true", help="do not start a crashed run again (restarts.max 0)")
+    launch.add_argument("--wait", action="store_true", help="if another launch runs there, wait for its end")
     launch.add_argument("--dry-run", action="store_true", help="show the plan and the command, start nothing")
     for name in ("status", "logs", "stop", "report", "export"):
         at[name].add_argument("run_dir", metavar="RUN_DIR")
     at["logs"].add_argument("-f", "--follow", action="store_true", help="go on printing what is added")
     at["logs"].add_argument("--rank", type=int, default=0, metavar="R", help="whose log (default: 0)")
+    at["stop"].add_argument("--now", action="store_true", help="end it at once, without a checkpoint of this step")
+    at["stop"].add_argument(
+        "--notice", type=_seconds, metavar="TIME", help="the machine is gone after this time, e.g. 30s"
+    )
     at["stop"].add_argument("--wait", action="store_true", help="return when the run has stopped")
     at["export"].add_argument("--to", required=True, metavar="DIR", help="folder to write")
     at["export"].add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
@@ -93,3 +99,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    from ernie_dist.spec.resources import parse_time
+
+    try:
+        return parse_time(text).total_seconds()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error

@@ -1,20 +1,44 @@
-"""From a job to a running attempt: prepare the data, freeze the job, start it, report on it."""
+"""From a job to a finished run: prepare the data, freeze the job, start attempts until it is over, report on it."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from types import FrameType
 
 from ernie_dist.spec.errors import ErnieError, RunDirError, SpecError
 from ernie_dist.spec.job import JobSpec
+from ernie_dist.spec.lease import Lease
+from ernie_dist.spec.resolve import ResolvedJob
+from ernie_dist.spec.stop_file import SIGNALS, StopNote, ask, read
+from launcher.attempts import run_attempts
 from launcher.base import FINISHED, STOPPED, Attempt
 from launcher.local import LocalLauncher
 from launcher.plan import describe
 from launcher.run_dir import RunDir
 
 
-def launch_job(job: JobSpec, run_dir: RunDir, *, workers: int | None, dry_run: bool) -> int:
-    """Runs the job to its end, a stop or a crash. Returns the exit code of the contract."""
+def launch_job(
+    job: JobSpec,
+    run_dir: RunDir,
+    *,
+    workers: int | None,
+    dry_run: bool,
+    restart: bool = True,
+    wait: bool = False,
+) -> int:
+    """Runs the job to its end, or until it is stopped or given up. Returns the exit code of the contract.
+
+    restart: start crashed attempts again, as the job says. wait: for another launch in the same directory to end.
+    """
+    begun = time.time()
     if job.resources.nodes > 1:
         raise SpecError(
             f"resources.nodes = {job.resources.nodes}: this launcher has one node; give --ranks N to run here"
@@ -25,24 +49,100 @@ def launch_job(job: JobSpec, run_dir: RunDir, *, workers: int | None, dry_run: b
         print(f"\n{launcher.render(Attempt(run_dir.root, 1, job.resources))}")
         return FINISHED
     run_dir.refuse_foreign_files()
+    with ExitStack() as held:
+        lease: Lease | None = None
+        if run_dir.exists():  # a run that is new leaves no folder until its data is known to be good
+            lease = held.enter_context(run_dir.owned(wait=wait))
+        with _interrupted_by(run_dir.files.stop):
+            resolved = _prepared(job, run_dir, workers)
+        if lease is None:
+            run_dir.root.mkdir(parents=True, exist_ok=True)
+            lease = held.enter_context(run_dir.owned(wait=wait))
+        for change in run_dir.freeze(resolved):
+            print(f"changed since the last attempt: {change}")
+        limit = job.resources.time_limit
+        with _signals_become(run_dir.files.stop):
+            code = run_attempts(
+                launcher,
+                run_dir,
+                resolved,
+                lease,
+                policy=job.restarts if restart else job.restarts.model_copy(update={"max": 0}),
+                deadline=begun + limit.total_seconds() if limit else None,
+                describe_batch=partial(_describe_batch, resolved),
+            )
+        if code == FINISHED:
+            _report(run_dir.root)
+    if code == STOPPED:
+        print(f"stopped; the same command goes on ({run_dir.root})")
+    return code
+
+
+def _prepared(job: JobSpec, run_dir: RunDir, workers: int | None) -> ResolvedJob:
     if run_dir.exists() and run_dir.stages_begun() and Path(run_dir.job().tokenizer.folder).is_dir():
         _refuse_changed_data(job, run_dir)
     from ernie_dist.data.prepare import prepare
     from ernie_dist.data.resolve import resolve_prepared
 
     print(f"preparing data in {job.data_dir}, or finding it prepared", flush=True)
-    resolved = resolve_prepared(job, prepare(job, workers=workers))
-    run_dir.root.mkdir(parents=True, exist_ok=True)
-    with run_dir.owned():
-        for change in run_dir.freeze(resolved):
-            print(f"changed since the last attempt: {change}")
-        number = run_dir.new_attempt(launcher="local", ranks=job.resources.world_size)
-        code = launcher.run(Attempt(run_dir.root, number, job.resources))
-        if code == FINISHED:
-            _report(run_dir.root)
-    if code == STOPPED:
-        print(f"stopped; the same command goes on ({run_dir.root})")
-    return code
+    return resolve_prepared(job, prepare(job, workers=workers))
+
+
+def _describe_batch(job: ResolvedJob, index: int, most: int = 8) -> str:
+    """The stage of a batch and the packed sequences in it, source by source."""
+    from ernie_dist.data.curriculum import Curriculum
+
+    stage, order, ids = Curriculum(job).locate(index)
+    parts = []
+    for number, name in enumerate(order.sources):
+        packed = order.packed(number, ids[ids[:, 0] == number, 1]).tolist()
+        if packed:
+            more = f" and {len(packed) - most} more" if len(packed) > most else ""
+            parts.append(f"{name} {', '.join(map(str, packed[:most]))}{more}")
+    return f"batch {index}, stage {stage.name}, packed sequences of {'; of '.join(parts)}"
+
+
+@contextmanager
+def _interrupted_by(stop: Path) -> Iterator[None]:
+    """Where nothing looks at the stop file, it becomes a SIGTERM to ourselves: KeyboardInterrupt, as cli.py has it."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.5):
+            if read(stop) is not None:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    thread = threading.Thread(target=watch, name="stop", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
+def _signals_become(stop: Path) -> Iterator[None]:
+    """The first signal asks for a stop with a checkpoint; a second Ctrl-C for one at once."""
+    asked = False
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        now = asked and number == signal.SIGINT
+        if not asked or now:
+            ask(stop, StopNote(signal.Signals(number).name, now=now))
+            again = "; press Ctrl-C again to end without one" if number == signal.SIGINT else ""
+            said = "ending at once; the last checkpoint stays" if now else f"stopping, with a checkpoint{again}"
+            os.write(2, f"\n{said}\n".encode())  # print() may be what was interrupted
+        asked = True
+
+    before = {number: signal.signal(number, on_signal) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _refuse_changed_data(job: JobSpec, run_dir: RunDir) -> None:

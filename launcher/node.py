@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ernie_dist.spec.stop_file import DEADLINE
+
 
 @dataclass(frozen=True)
 class Nodes:
@@ -29,8 +31,8 @@ def node_command(run_dir: Path, attempt: int, nodes: Nodes, *, python: str = sys
     ]
 
 
-def node_environment(ranks_per_node: int) -> dict[str, str]:
-    """Variables the ranks need, besides what they inherit."""
+def node_environment(ranks_per_node: int, deadline: float | None = None) -> dict[str, str]:
+    """Variables the ranks need, besides what they inherit. deadline: of the attempt, in seconds since the epoch."""
     threads = max(1, (os.cpu_count() or 1) // ranks_per_node)
     return {
         "OMP_NUM_THREADS": str(threads),
@@ -42,4 +44,5 @@ def node_environment(ranks_per_node: int) -> dict[str, str]:
         # NCCL's flight recorder: the last collectives of each rank, written when one times out or the watchdog asks
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        **({DEADLINE: str(deadline)} if deadline is not None else {}),
     }

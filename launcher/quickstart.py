@@ -62,7 +62,7 @@ def _make_room(folder: Path) -> None:
 
 
 def _launch(folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "launcher", "launch", "quickstart", "--run-dir", "run"]
+    command = [sys.executable, "-m", "launcher", "launch", "quickstart", "--run-dir", "run", "--no-restart"]
     # On the CPU everywhere: two ranks want two GPUs, and what is promised to the bit was measured here.
     return subprocess.Popen(command, cwd=folder, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
 

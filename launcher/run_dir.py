@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -14,8 +16,12 @@ from typing import Any
 
 from ernie_dist.spec.errors import RunDirError
 from ernie_dist.spec.layout import EngineLayout
+from ernie_dist.spec.lease import Holder, Lease, current
 from ernie_dist.spec.resolve import ResolvedJob
-from ernie_dist.spec.run_files import RunFiles, complete_checkpoints, read_state
+from ernie_dist.spec.run_files import RunFiles, checkpoint_step, complete_checkpoints, read_state
+
+_OURS = (".lock", "lease")
+"""what a launch leaves in a folder before the job is frozen there"""
 
 
 class RunDir:
@@ -66,34 +72,68 @@ class RunDir:
 
     def new_attempt(self, **launch: Any) -> int:
         """Makes the next attempt's folder, with launch.json and a copy of job.json in it. Returns its number."""
-        number = 1 + max((int(path.name) for path in self.files.attempts.glob("[0-9]*")), default=0)
+        number = 1 + self.last_attempt()
         folder = self.files.attempt(number)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True)  # fails if somebody else has just made it
         (folder / "job.json").write_bytes(self.files.job.read_bytes())
-        content = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), **launch}
+        newest = complete_checkpoints(self.files.checkpoints)[:1]
+        content = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "time": time.time(),
+            "checkpoint": checkpoint_step(newest[0]) if newest else 0,
+            **launch,
+        }
         (folder / "launch.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        self.files.stop.unlink(missing_ok=True)
         return number
+
+    def attempts(self) -> list[int]:
+        """Numbers of the attempts, in order."""
+        return sorted(int(path.name) for path in self.files.attempts.glob("[0-9]*"))
 
     def last_attempt(self) -> int:
         """Number of the newest attempt, 0 if there is none."""
-        return max((int(path.name) for path in self.files.attempts.glob("[0-9]*")), default=0)
+        return max(self.attempts(), default=0)
 
     @contextmanager
-    def owned(self) -> Iterator[None]:
-        """Holds the run directory, or raises RunDirError if another launch on this host does."""
-        with self._lock(fcntl.LOCK_EX, tries=10) as got:
+    def owned(self, *, wait: bool = False) -> Iterator[Lease]:
+        """Holds the run directory against launches on this host and on others; waits for their end with `wait`.
+
+        Raises RunDirError if another launch holds it. An old request to stop is forgotten; one made from now on is not.
+        """
+        with self._lock(fcntl.LOCK_EX, tries=None if wait else 10) as got:
             if not got:
                 raise RunDirError(
                     f"{self.root}: another launch is running in it; watch it with `ernie status {self.root}`, "
-                    f"end it with `ernie stop {self.root}`"
+                    f"end it with `ernie stop {self.root}`, or wait for its end with `ernie launch --wait`"
                 )
-            yield
+            lease = Lease.acquire(self.root, attempt=1 + self.last_attempt(), wait=wait, say=_say)
+            try:
+                self.files.stop.unlink(missing_ok=True)
+                if lease.taken_over:
+                    self._fence()
+                yield lease
+            finally:
+                lease.release()
+
+    def _fence(self) -> None:
+        """Takes unfinished checkpoints away from the holder before, which may wake up just as it renames one."""
+        for folder in self.files.checkpoints.glob("step_*.tmp"):
+            with suppress(OSError):
+                shutil.rmtree(folder.rename(folder.with_suffix(".fenced")))
 
     def is_running(self) -> bool:
-        """Whether a launch on this host holds the directory."""
+        """Whether a launch holds the directory. One on another host is taken to live until it lets go."""
         with self._lock(fcntl.LOCK_SH, tries=1) as got:
-            return not got
+            if not got:
+                return True
+        holder = self.holder()
+        return holder is not None and holder.alive() is not False
+
+    def holder(self) -> Holder | None:
+        """Who holds the directory by its lease, dead or alive; None if it was let go."""
+        holder = current(self.files.lease)
+        return None if holder is None or holder.released else holder
 
     def ending(self, attempt: int) -> dict[str, Any] | None:
         """How an attempt ended, by the files its ranks left: {"exit_code", "message", ...}; None if they left none."""
@@ -103,14 +143,19 @@ class RunDir:
         return None
 
     @contextmanager
-    def _lock(self, kind: int, *, tries: int) -> Iterator[bool]:
-        """Tries again for a moment: whoever only asks whether the run is going on holds the lock that long."""
+    def _lock(self, kind: int, *, tries: int | None) -> Iterator[bool]:
+        """Tries again for a moment: whoever only asks whether the run is going on holds the lock that long.
+
+        tries: a tenth of a second each; None waits.
+        """
         with (self.root / ".lock").open("a") as file:
-            for left in reversed(range(tries)):
+            for number in itertools.count(1):
                 try:
                     fcntl.flock(file, kind | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    if left:
+                    if number != tries:
+                        if number == 10:
+                            _say(f"waiting for the end of another launch in {self.root}")
                         time.sleep(0.1)
                         continue
                     yield False
@@ -126,13 +171,18 @@ class RunDir:
         has_steps = self.files.metrics.is_file() and self.files.metrics.stat().st_size > 0
         return 1 if has_steps else 0
 
+    def skipped_batches(self) -> int:
+        """How far the place in the data is ahead of the steps, by the newest checkpoint."""
+        progress = self._newest_state().get("progress", {})
+        return int(progress.get("batch_index", 0)) - int(progress.get("step", 0))
+
     def refuse_foreign_files(self) -> None:
         """Raises RunDirError if something else than a run is there."""
         if self.exists():
             return
         if self.root.exists() and not self.root.is_dir():
             raise RunDirError(f"{self.root}: is a file; give a folder with --run-dir")
-        strangers = [path.name for path in self.root.iterdir() if path.name != ".lock"] if self.root.is_dir() else []
+        strangers = [path.name for path in self.root.iterdir() if path.name not in _OURS] if self.root.is_dir() else []
         if strangers:
             raise RunDirError(
                 f"{self.root}: is not empty and no run directory (it holds {', '.join(sorted(strangers)[:3])}); "
@@ -180,3 +230,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _said(flat: dict[str, Any], key: str) -> str:
     return json.dumps(flat[key], ensure_ascii=False) if key in flat else "(absent)"
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -45,7 +45,13 @@ def _shares(seconds: dict[str, float]) -> str:
 
 def _state(run_dir: RunDir, attempt: int) -> str:
     if run_dir.is_running():
-        return "stopping" if run_dir.files.stop.exists() else "running"
+        holder = run_dir.holder()
+        where = f" on {holder}" if holder else ""
+        if holder is not None and holder.alive() is None:
+            where += ", as far as can be seen from here"
+        if run_dir.files.stop.exists():
+            return f"stopping{where}"
+        return f"{'waiting to start again' if run_dir.files.end(attempt).exists() else 'running'}{where}"
     ending = run_dir.ending(attempt) if attempt else None
     if ending is None:
         return "not running; the last attempt was killed or never began" if attempt else "never started"

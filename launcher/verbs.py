@@ -12,7 +12,9 @@ from pathlib import Path
 from ernie_dist.spec.assets import find_asset
 from ernie_dist.spec.errors import RunDirError
 from ernie_dist.spec.job import JobSpec, load_job
-from ernie_dist.spec.run_files import complete_checkpoints
+from ernie_dist.spec.lease import Vigil
+from ernie_dist.spec.run_files import checkpoint_step, complete_checkpoints
+from ernie_dist.spec.stop_file import StopNote, ask
 from launcher.run_dir import RunDir
 
 
@@ -42,7 +44,14 @@ def launch(options: Namespace) -> int:
 
     job = _load(options, ranks=options.ranks)
     run_dir = RunDir(Path(options.run_dir or f"runs/{job.name}"))
-    return launch_job(job, run_dir, workers=options.workers, dry_run=options.dry_run)
+    return launch_job(
+        job,
+        run_dir,
+        workers=options.workers,
+        dry_run=options.dry_run,
+        restart=not options.no_restart,
+        wait=options.wait,
+    )
 
 
 def status(options: Namespace) -> None:
@@ -73,9 +82,13 @@ def stop(options: Namespace) -> int:
     if not run_dir.is_running():
         print("nothing is running here")
         return 0
-    run_dir.files.stop.write_text("ernie stop\n", encoding="utf-8")
-    print("asked to stop after this step, with a checkpoint")
+    ask(run_dir.files.stop, StopNote("ernie stop", notice=options.notice, now=options.now))
+    print("asked to end at once" if options.now else "asked to stop after this step, with a checkpoint")
+    vigil = Vigil()
     while options.wait and run_dir.is_running():
+        holder = run_dir.holder()
+        if holder is not None and vigil.alive(holder) is False:
+            raise RunDirError(f"{run_dir.root}: {holder} gives no sign of life; the next launch takes over")
         time.sleep(0.2)
     return 0
 
@@ -89,9 +102,9 @@ def report(options: Namespace) -> None:
 def export(options: Namespace) -> None:
     run_dir = _existing(options.run_dir)
     checkpoints = complete_checkpoints(run_dir.files.checkpoints)
-    chosen = [path for path in checkpoints if options.step in (None, int(path.name.removeprefix("step_")))]
+    chosen = [path for path in checkpoints if options.step in (None, checkpoint_step(path))]
     if not chosen:
-        steps = ", ".join(str(int(path.name.removeprefix("step_"))) for path in checkpoints) or "none"
+        steps = ", ".join(str(checkpoint_step(path)) for path in checkpoints) or "none"
         raise RunDirError(f"{run_dir.root}: no such checkpoint; there are: {steps}")
     from ernie_dist.checkpoint import verify
     from ernie_dist.export.transformers_folder import export_model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,24 +33,36 @@ class HeldOut:
         fits = max(stage.micro_batch_size * stage.sequence_length for stage in job.stages)
         self._size = max(1, min(job.spec.engine.micro_batch_size, fits // self._length))
         self._limit = max(1, job.spec.evaluate.max_tokens // self._length)
+        self._cancelled = False
         self._readers: dict[str, SequenceReader] = {}
         for name, resolved in job.sources.items():
             if resolved.held_out:
                 source = PreparedSource.open(Path(resolved.folder))
                 self._readers[name] = SequenceReader(source, source.packs("validation", self._length), "answers")
 
-    def losses(self, engine: Engine) -> Iterator[HeldOutLoss]:
-        """Evaluates source by source. Collective."""
+    @property
+    def sources(self) -> set[str]:
+        """Those with something to measure."""
+        return set(self._readers)
+
+    def losses(self, engine: Engine, cancelled: Callable[[], bool]) -> Iterator[HeldOutLoss]:
+        """Evaluates source by source, until `cancelled` says so, which has to be the same on all ranks. Collective."""
         for name, reader in self._readers.items():
-            total, tokens = engine.evaluate(self._mine(reader))
+            self._cancelled = False
+            total, tokens = engine.evaluate(self._mine(reader, cancelled))
+            if self._cancelled:
+                return
             if tokens:
                 yield HeldOutLoss(name, total / tokens, tokens)
 
-    def _mine(self, reader: SequenceReader) -> Iterator[MicroBatch]:
+    def _mine(self, reader: SequenceReader, cancelled: Callable[[], bool]) -> Iterator[MicroBatch]:
         """Every n-th sequence, in equally many micro-batches on all ranks: under ZeRO-3 each one is a collective."""
         count = min(self._limit, len(reader))
         mine = range(self._world.rank, count, self._world.size)
         rounds = math.ceil(math.ceil(count / self._world.size) / self._size)
         for number in range(rounds):
+            self._cancelled = cancelled()
+            if self._cancelled:
+                return
             numbers = mine[number * self._size : (number + 1) * self._size]
             yield stack(reader.rows(np.array(numbers))) if numbers else empty_micro_batch(self._length)

@@ -174,6 +174,11 @@ class ConsoleSink:
             size, waited = human_bytes(event.bytes), event.blocked
             return [f"checkpoint {event.checkpoint}: {size} in {event.seconds:.1f} s, {waited:.1f} s of it waited for"]
         if isinstance(event, Stopped):
+            if event.repeated_steps:
+                return [
+                    f"stopped after step {event.step} ({event.reason}) with no time left for a checkpoint; "
+                    f"{event.repeated_steps} steps ({event.repeated_tokens:,} tokens) will be done again"
+                ]
             return [f"stopped after step {event.step} ({event.reason}); launch again to go on"]
         if isinstance(event, Straggler):
             return [

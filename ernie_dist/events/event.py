@@ -171,6 +171,9 @@ class Stopped(Event):
 
     step: int
     reason: str
+    repeated_steps: int = 0
+    """done again by the next attempt, because there was no time for a checkpoint"""
+    repeated_tokens: int = 0
 
 
 @dataclass(frozen=True)

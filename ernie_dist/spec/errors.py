@@ -9,6 +9,8 @@ class ErnieError(Exception):
     """Root of all errors of ernie_dist that are not bugs. Shown to the person without a traceback."""
 
     exit_code = 2
+    final = False
+    """whether starting the run again would end in the same way, whatever the exit code says"""
 
 
 class SpecError(ErnieError, ValueError):
@@ -35,3 +37,10 @@ class CheckpointWriteError(CheckpointError):
 
 class EnvironmentProblem(ErnieError, RuntimeError):
     """This machine lacks something the job needs."""
+
+
+class LeaseLost(ErnieError, RuntimeError):
+    """Another launch has taken over the run."""
+
+    exit_code = 1
+    final = True

@@ -13,7 +13,8 @@ from ernie_dist.spec.strict import Strict
 _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
-def _time_limit(value: Any) -> timedelta:
+def parse_time(value: Any) -> timedelta:
+    """ "1d12h" -> timedelta. Raises ValueError."""
     if isinstance(value, timedelta):
         return value
     parts = re.findall(r"(\d+)\s*([dhms])", value) if isinstance(value, str) else []
@@ -28,7 +29,7 @@ def _time_text(value: timedelta) -> str:
 
 TimeLimit = Annotated[
     timedelta,
-    BeforeValidator(_time_limit),
+    BeforeValidator(parse_time),
     PlainSerializer(_time_text, return_type=str),
     WithJsonSchema({"type": "string", "examples": ["24h", "90m"]}),
 ]

@@ -2,12 +2,13 @@
 
 RUN_DIR/
   job.json             the resolved job
-  attempts/0001/       launch.json, one log per rank, error.json, stacks_rank_00000.txt after a hang
+  attempts/0001/       launch.json, one log per rank, error.json, end.json, stacks_rank_00000.txt after a hang
   metrics.jsonl        one line per optimizer step; of a step written twice the later attempt counts
   events.jsonl         everything else that happened
   checkpoints/step_00000120/
   export/              the model at the end
   report.html  loss_curve.png  wandb/  tensorboard/
+  lease/               who holds the run
   stop                 exists while a stop is requested; holds the reason
 """
 
@@ -35,6 +36,10 @@ class RunFiles:
     @property
     def stop(self) -> Path:
         return self.root / "stop"
+
+    @property
+    def lease(self) -> Path:
+        return self.root / "lease"
 
     @property
     def metrics(self) -> Path:
@@ -98,11 +103,24 @@ class RunFiles:
         """How an attempt ended, where it ended by itself."""
         return self.attempt(attempt) / "outcome.json"
 
+    def end(self, attempt: int) -> Path:
+        """How far an attempt came, as its launcher recorded it."""
+        return self.attempt(attempt) / "end.json"
+
+    def signalled(self, attempt: int) -> Path:
+        """The stop file of one attempt: a signal reached one of its ranks."""
+        return self.attempt(attempt) / "stop"
+
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints, newest first. Nothing is said yet about their content."""
     found = [path for path in folder.glob("step_*") if path.suffix == "" and (path / COMPLETE).is_file()]
     return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """step_00000120 -> 120"""
+    return int(folder.name.removeprefix("step_"))
 
 
 def read_state(folder: Path) -> dict[str, Any]:

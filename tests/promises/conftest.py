@@ -26,16 +26,18 @@ class Runs:
 
     folder: Path
 
-    def command(self, run: str, *overrides: str, ranks: int = 2) -> list[str]:
+    def command(self, run: str, *overrides: str, ranks: int = 2, restart: bool = False) -> list[str]:
         sets = [part for override in overrides for part in ("--set", override)]
         return [
             *(sys.executable, "-m", "launcher", "launch", "job.yaml"),
-            *("--run-dir", run, "--ranks", str(ranks), *sets),
+            *("--run-dir", run, "--ranks", str(ranks), *sets, *([] if restart else ["--no-restart"])),
         ]
 
-    def start(self, run: str, *overrides: str, ranks: int = 2, **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, run: str, *overrides: str, ranks: int = 2, restart: bool = False, **environment: str
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            self.command(run, *overrides, ranks=ranks),
+            self.command(run, *overrides, ranks=ranks, restart=restart),
             cwd=self.folder,
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,

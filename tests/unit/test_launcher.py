@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ernie_dist.data.resolve import resolve_prepared
 from ernie_dist.spec.assets import asset_folder
 from ernie_dist.spec.errors import RunDirError
 from ernie_dist.spec.job import load_job, parse_job
+from ernie_dist.spec.lease import Holder
 from ernie_dist.spec.resolve import PackedLength, ResolvedJob, ResolvedSource, ResolvedTokenizer, resolve
 from ernie_dist.spec.resources import ResourcesSpec
 from launcher.base import Attempt
@@ -337,15 +339,18 @@ def test_a_run_has_one_owner(tmp_path: Path, refusal: Callable[..., str]) -> Non
         pass
 
 
-def test_attempts_are_numbered_and_an_old_request_to_stop_does_not_stop_the_next(tmp_path: Path) -> None:
+def test_attempts_are_numbered_and_a_request_to_stop_is_forgotten_by_a_new_launch_alone(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.freeze(resolved())
     assert run.last_attempt() == 0 and run.new_attempt(launcher="local", ranks=2) == 1
-    run.files.stop.write_text("ernie stop\n")
     shutil.rmtree(run.files.attempt(1))
     run.files.attempt(9).mkdir()
-    assert run.new_attempt() == 10 == run.last_attempt()
-    assert not run.files.stop.exists()
+    run.files.stop.write_text("from before")
+    with run.owned():
+        assert not run.files.stop.exists()
+        run.files.stop.write_text("from between two attempts")
+        assert run.new_attempt() == 10 == run.last_attempt()
+        assert run.files.stop.exists()
     assert ResolvedJob.read(run.files.attempt(10) / "job.json") == resolved()
     assert json.loads((run.files.attempt(10) / "launch.json").read_text())["pid"]
 
@@ -356,6 +361,20 @@ def test_status_and_stop_of_a_run_that_never_started(tmp_path: Path, capsys: pyt
     assert main(["status", str(tmp_path)]) == 0 and "never started" in capsys.readouterr().out
     assert main(["stop", str(tmp_path)]) == 0 and "nothing is running" in capsys.readouterr().out
     assert not run.files.stop.exists(), "it would stop the next attempt"
+
+
+def test_a_launch_on_another_host_can_be_seen_and_stopped_from_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path)
+    run.freeze(resolved())
+    run.files.lease.mkdir()
+    holder = Holder(1, "token", "n7", "another kernel", 4711, "1", job="slurm 12", attempt=1)
+    (run.files.lease / "00000001.json").write_text(json.dumps(asdict(holder)))
+    assert main(["status", str(tmp_path)]) == 0
+    assert "running on n7 (process 4711, slurm 12), as far as can be seen from here" in capsys.readouterr().out
+    assert main(["stop", str(tmp_path), "--notice", "1m30s"]) == 0
+    assert json.loads(run.files.stop.read_text()) == {"reason": "ernie stop", "notice": 90.0, "now": False}
 
 
 # --- the node command --------------------------------------------------------------------------------------------

@@ -1,0 +1,132 @@
+"""Attempt after attempt, until the run is finished, stopped or given up: the same for every launcher."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+from ernie_dist.spec.lease import Lease
+from ernie_dist.spec.resilience import RestartSpec
+from ernie_dist.spec.resolve import ResolvedJob
+from ernie_dist.spec.stop_file import read
+from launcher import history
+from launcher.base import CRASHED, FINISHED, STOPPED, WRONG, Attempt, Launcher
+from launcher.history import Cause
+from launcher.restart import AttemptEnd, GiveUp, Over, decide
+from launcher.run_dir import RunDir
+
+
+def run_attempts(
+    launcher: Launcher,
+    run_dir: RunDir,
+    job: ResolvedJob,
+    lease: Lease,
+    *,
+    policy: RestartSpec,
+    deadline: float | None,
+    describe_batch: Callable[[int], str],
+) -> int:
+    """Returns the exit code of the contract. Raises LeaseLost, with the ranks ended, once another launch took over.
+
+    deadline: when the launch has to be over, in seconds since the epoch; restarts do not move it.
+    describe_batch: batch index -> what is in it, for a person who looks for the row that breaks a run.
+    """
+    history.ends(run_dir)  # what a launcher that was killed could not record
+    while True:
+        if read(run_dir.files.stop) is not None:
+            return STOPPED
+        number = run_dir.new_attempt(launcher=type(launcher).__name__, ranks=job.spec.resources.world_size)
+        lease.begin(number)
+        guard = _Guard(run_dir, lease, number)
+        returncode = launcher.run(Attempt(run_dir.root, number, job.spec.resources, deadline), guard.end_now)
+        lease.refuse_if_lost()
+        found = Cause(STOPPED, guard.reason) if guard.reason else history.cause(run_dir, number, returncode)
+        end = history.record_end(run_dir, number, found)
+        _explain(found)
+        if read(run_dir.files.stop) is not None and end.exit_code not in (FINISHED, WRONG):
+            if end.exit_code != STOPPED or guard.reason:
+                print(f"attempt {number} {_where(end)}; {_repeated(run_dir, job, end)}", flush=True)
+            return STOPPED
+        decision = decide(policy, history.ends(run_dir))
+        if isinstance(decision, Over):
+            return decision.exit_code
+        if isinstance(decision, GiveUp):
+            history.mark_given_up(run_dir, end)
+            print(f"attempt {number} {_where(end)}; {_repeated(run_dir, job, end)}", flush=True)
+            _say_given_up(run_dir, job, decision, describe_batch)
+            return CRASHED
+        print(
+            f"attempt {number} {_where(end)}; {_repeated(run_dir, job, end)}; starts again in {decision.wait:.0f} s "
+            f"(restart {decision.number} of at most {policy.max} without a new checkpoint)",
+            flush=True,
+        )
+        if deadline is not None and time.time() + decision.wait >= deadline:
+            print("the time limit comes before that")
+            return STOPPED
+        if not _waited(run_dir, lease, decision.wait):
+            return STOPPED
+
+
+class _Guard:
+    """What ends an attempt at once."""
+
+    def __init__(self, run_dir: RunDir, lease: Lease, attempt: int) -> None:
+        self._run_dir, self._lease, self._attempt = run_dir, lease, attempt
+        self.reason = ""
+
+    def end_now(self) -> bool:
+        """Raises LeaseLost."""
+        self._lease.refuse_if_lost()
+        note = read(self._run_dir.files.stop)
+        if note is not None and note.now:
+            self.reason = f"ended at once ({note.reason})"
+        elif note is not None and not history.has_begun(self._run_dir, self._attempt):
+            self.reason = f"ended while it was starting up ({note.reason})"  # a large model takes minutes to load
+        return bool(self.reason)
+
+
+def _waited(run_dir: RunDir, lease: Lease, seconds: float) -> bool:
+    """False if a stop was asked for meanwhile."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        lease.refuse_if_lost()
+        if read(run_dir.files.stop) is not None:
+            return False
+        time.sleep(min(0.2, max(0.0, until - time.monotonic())))
+    return True
+
+
+def _explain(found: Cause) -> None:
+    if found.exit_code == FINISHED:
+        return
+    if found.exit_code == STOPPED:
+        if found.message:
+            print(f"\n{found.message}", flush=True)
+        return
+    print(f"\nernie: {found.message}", file=sys.stderr, flush=True)
+    if found.exit_code == CRASHED and found.log is not None:
+        print(f"(log: {found.log})", file=sys.stderr, flush=True)
+
+
+def _say_given_up(run_dir: RunDir, job: ResolvedJob, decision: GiveUp, describe_batch: Callable[[int], str]) -> None:
+    print(f"ernie: the run is given up: {decision.reason}", file=sys.stderr)
+    if decision.suspect is not None:
+        batch = decision.suspect - 1 + run_dir.skipped_batches()
+        if batch < job.total_batches:
+            print(f"Perhaps it is the data of step {decision.suspect}: {describe_batch(batch)}", file=sys.stderr)
+    print("Once the cause is removed, the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+
+
+def _where(end: AttemptEnd) -> str:
+    return "ended before its first step" if end.after_step is None else f"ended after step {end.after_step}"
+
+
+def _repeated(run_dir: RunDir, job: ResolvedJob, end: AttemptEnd) -> str:
+    """What of its work the next attempt does again."""
+    kept = f"step_{end.checkpoint:08d} stays" if end.checkpoint else "there is no checkpoint yet"
+    reached = max(end.after_step or 0, end.checkpoint)
+    skipped = run_dir.skipped_batches()
+    first, last = (min(step + skipped, job.total_batches) for step in (end.checkpoint, reached))
+    tokens = job.consumed_tokens(last) - job.consumed_tokens(first)
+    return f"{kept}, {reached - end.checkpoint} steps ({tokens:,} tokens) are done again"
