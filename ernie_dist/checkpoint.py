@@ -48,6 +48,8 @@ class Restored:
     folder: Path
     seconds: float
     refused: tuple[tuple[Path, str], ...]
+    extra: dict[str, Any]
+    """what `save` was given, floats to the last bit; {} if that was nothing"""
 
 
 class CheckpointStore:
@@ -59,11 +61,11 @@ class CheckpointStore:
             folder.mkdir(parents=True, exist_ok=True)
         world.barrier()
 
-    def due(self, progress: Progress) -> bool:
-        """Whether a save is due after the batch that led to `progress`."""
-        return self._job.crosses(self._job.spec.checkpoint.every, progress.batch_index)
+    def due(self, progress: Progress, since: int | None = None) -> bool:
+        """Whether a save is due after the batches that led to `progress`, from batch `since` (else the last one)."""
+        return self._job.crosses(self._job.spec.checkpoint.every, progress.batch_index, since)
 
-    def save(self, engine: Engine, progress: Progress) -> Saved:
+    def save(self, engine: Engine, progress: Progress, extra: dict[str, Any] | None = None) -> Saved:
         """Writes aside, hashes, commits by rename, and prunes. Raises CheckpointError on every rank if any fails."""
         begun = time.monotonic()
         final = self._folder / f"step_{progress.step:08d}"
@@ -79,7 +81,8 @@ class CheckpointStore:
             ) from error
         mine = self._together(lambda: self._hash_share(aside), what=f"{aside} cannot be read back")
         files = {name: entry for part in self._world.gather(mine) for name, entry in part.items()}
-        self._together(lambda: self._commit(aside, final, progress, files), on_main=True, what=f"{final}: no commit")
+        state = self._state(progress, extra or {})
+        self._together(lambda: self._commit(aside, final, state, files), on_main=True, what=f"{final}: no commit")
         return Saved(final, sum(entry["bytes"] for entry in files.values()), time.monotonic() - begun)
 
     def restore(self, engine: Engine) -> Restored | None:
@@ -96,7 +99,8 @@ class CheckpointStore:
                 progress = self._accept(folder)
                 engine.load(folder / _ENGINE)
                 self._set_aside([bad for bad, _ in refused])
-                return Restored(progress, folder, time.monotonic() - begun, tuple(refused))
+                extra = read_state(folder).get("extra", {})
+                return Restored(progress, folder, time.monotonic() - begun, tuple(refused), extra)
             log.warning("checkpoint %s is not used: %s", folder.name, reason)
             refused.append((folder, reason))
         if refused:
@@ -146,15 +150,18 @@ class CheckpointStore:
         share = files[self._world.rank :: self._world.size]
         return {path.relative_to(folder).as_posix(): _entry(path) for path in share}
 
-    def _commit(self, aside: Path, final: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> None:
+    def _state(self, progress: Progress, extra: dict[str, Any]) -> dict[str, Any]:
         begun = self._job.stages[: self._job.stage_index(max(0, progress.batch_index - 1)) + 1]
-        state = {
+        return {
             "progress": progress.to_json(),
             "stages": [[stage.name, stage.fingerprint] for stage in begun],
             "engine": self._job.engine_identity(self._world.size),
             "device": self._world.device.type,
             "consumed_tokens": self._job.consumed_tokens(progress.batch_index),
+            "extra": extra,
         }
+
+    def _commit(self, aside: Path, final: Path, state: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
         _write(aside / PROGRESS, json.dumps(state, indent=1))
         _write(aside / _MANIFEST, json.dumps({"files": {**files, PROGRESS: _entry(aside / PROGRESS)}}, indent=1))
         _write(aside / COMPLETE, "")

@@ -16,6 +16,7 @@ import torch
 from ernie_dist.checkpoint import CheckpointStore
 from ernie_dist.data.loader import BatchLoader, load_batches
 from ernie_dist.engine.base import Engine, StepResult
+from ernie_dist.engine.replicas import refuse_difference
 from ernie_dist.engine.select import build_engine
 from ernie_dist.evaluate.held_out import HeldOut
 from ernie_dist.events.console import ConsoleSink
@@ -33,15 +34,18 @@ from ernie_dist.events.event import (
 )
 from ernie_dist.events.sinks import build_sinks
 from ernie_dist.export.transformers_folder import export_model
+from ernie_dist.guard import Recent
 from ernie_dist.model.build import build_model
 from ernie_dist.model.loss import summed_loss
 from ernie_dist.progress import Progress
+from ernie_dist.rewind import Refusals, check_position
 from ernie_dist.schedule import learning_rate
 from ernie_dist.spec.errors import EnvironmentProblem
 from ernie_dist.spec.hardware import peak_flops
 from ernie_dist.spec.resolve import ResolvedJob, ResolvedStage
 from ernie_dist.spec.run_files import RunFiles, complete_checkpoints
 from ernie_dist.spec.shape import ModelShape
+from ernie_dist.spec.skips import Skips
 from ernie_dist.stop import StopRequest
 from ernie_dist.world import World
 
@@ -56,31 +60,45 @@ def train(run_dir: Path, attempt: int, world: World, console: IO[str]) -> bool:
     _refuse_full_disk(files, job, engine)
     # The rank's own log is where `ernie logs` looks, also once the terminal is gone.
     events = EventBus([*build_sinks(job, files, console), ConsoleSink(sys.stdout)] if world.is_main else [])
-    progress = _restore(store, engine, job, attempt, events)
+    skips = Skips.read(files.skipped_batches)
+    progress, recent = _restore(store, engine, job, skips, attempt, events)
     events.emit(_attempt_started(job, attempt, progress, engine, world))
+    refusals = Refusals(job.spec, recent, skips, files, attempt, world, events)
     held_out, meter = HeldOut(job, world), _Meter(job, engine, world)
     if progress.batch_index == 0:
-        _evaluate(engine, held_out, job, progress, "start", events)
+        _evaluate(engine, held_out, job, progress, "start", events, at_stage_end=True)
         meter.resume()
+    elif ended := _ended_by_skipping(job, skips, progress):
+        _evaluate(engine, held_out, job, progress, ended.name, events, at_stage_end=True)
 
-    stage, stopping = None, False
-    ahead = 2 if world.device.type == "cuda" else 0
-    for batch in load_batches(BatchLoader(job, world), progress.batch_index, job.total_batches, ahead=ahead):
-        if stage is None or batch.index == stage.end_batch:
+    stage, due, stopping = None, False, False
+    batches = partial(load_batches, ahead=2 if world.device.type == "cuda" else 0, without=skips)
+    for batch in batches(BatchLoader(job, world), progress.batch_index, job.total_batches):
+        since, progress = progress.batch_index, progress.skipping_to(batch.index)
+        if stage is None or batch.index >= stage.end_batch:
             stage = job.stage_at(batch.index)
             engine.freeze(stage.freeze)
             events.emit(_stage_started(job, stage, progress))
         rate = learning_rate(job, progress)
-        result = engine.step(batch, rate, flag=stop.pending)
+        result = engine.step(batch, rate, accepts=refusals.accepts(stage.name), flag=stop.pending)
         progress = progress.after(batch.sequence_ids)
+        refusals.look(batch, progress.step, result)
         events.emit(_step_finished(job, stage, progress, rate, result, meter, attempt))
+        if refusals.too_many:
+            refusals.go_back()
+        upcoming = skips.next(progress.batch_index)
+        ended, finished = upcoming >= stage.end_batch, upcoming == job.total_batches
         every = job.spec.evaluate.every
-        if job.is_stage_end(progress.batch_index) or (every and job.crosses(every, progress.batch_index)):
-            _evaluate(engine, held_out, job, progress, stage.name, events)
-        finished = progress.batch_index == job.total_batches
-        stopping = result.flagged and not finished
-        if stopping or finished or store.due(progress):
-            saved = store.save(engine, progress)
+        if ended or (every and job.crosses(every, progress.batch_index, since)):
+            _evaluate(engine, held_out, job, progress, stage.name, events, at_stage_end=ended)
+        # Updates refused in a row may end in going back: until they end nothing is saved, and a stop waits.
+        due = due or store.due(progress, since)
+        stopping = result.flagged and not finished and not refusals.pending
+        saving = stopping or finished or (due and not refusals.pending)
+        if saving or job.crosses(job.spec.bad_numbers.compare_ranks, progress.batch_index, since):
+            refuse_difference(engine, world, progress.step)
+        if saving:
+            due, saved = False, store.save(engine, progress, {"recent": refusals.recent.to_json()})
             events.emit(CheckpointSaved(progress.step, saved.folder.name, saved.bytes, saved.seconds))
         if stopping:
             events.emit(Stopped(progress.step, stop.reason()))
@@ -104,20 +122,37 @@ def _build_engine(job: ResolvedJob, world: World) -> Engine:
     return build_engine(spec.engine, spec.optimizer, freezes, build, summed_loss, world, pretrained=pretrained)
 
 
-def _restore(store: CheckpointStore, engine: Engine, job: ResolvedJob, attempt: int, events: EventBus) -> Progress:
+def _restore(
+    store: CheckpointStore, engine: Engine, job: ResolvedJob, skips: Skips, attempt: int, events: EventBus
+) -> tuple[Progress, Recent]:
     restored = store.restore(engine)
     if restored is None:
-        return Progress.start()
+        return Progress.start(), Recent()
     for folder, reason in restored.refused:
         events.emit(CheckpointRefused(folder.name, reason))
     progress = restored.progress
+    check_position(progress, skips, restored.folder.name)
     tokens = job.consumed_tokens(progress.batch_index)
     events.emit(Restored(attempt, progress.step, tokens, restored.folder.name, restored.seconds))
-    return progress
+    recent = restored.extra.get("recent")
+    return progress, Recent.from_json(recent) if recent else Recent()
+
+
+def _ended_by_skipping(job: ResolvedJob, skips: Skips, progress: Progress) -> ResolvedStage | None:
+    """The stage whose last batches, all that were left of it at `progress`, are skipped."""
+    last = job.stage_at(progress.batch_index - 1)
+    return last if progress.batch_index < last.end_batch <= skips.next(progress.batch_index) else None
 
 
 def _evaluate(
-    engine: Engine, held_out: HeldOut, job: ResolvedJob, progress: Progress, stage: str, events: EventBus
+    engine: Engine,
+    held_out: HeldOut,
+    job: ResolvedJob,
+    progress: Progress,
+    stage: str,
+    events: EventBus,
+    *,
+    at_stage_end: bool,
 ) -> None:
     for measured in held_out.losses(engine):
         events.emit(
@@ -128,7 +163,7 @@ def _evaluate(
                 loss=measured.loss,
                 tokens=measured.tokens,
                 consumed_tokens=job.consumed_tokens(progress.batch_index),
-                at_stage_end=progress.batch_index == 0 or job.is_stage_end(progress.batch_index),
+                at_stage_end=at_stage_end,
             )
         )
 

@@ -71,6 +71,13 @@ class Engine(Protocol):
         """Parameters whose names match are not updated from now on; all others are."""
         ...
 
+    def replicated_digest(self) -> str | None:
+        """A hash of all parameters, where every data-parallel rank holds all of them; None where they are partitioned.
+
+        Ranks that differ in one bit differ in it.
+        """
+        ...
+
     def save(self, folder: Path) -> None:
         """Writes all that `load` needs into an existing folder. Collective."""
         ...

@@ -28,6 +28,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from ernie_dist.batch import IGNORED, Batch, MicroBatch
 from ernie_dist.engine.base import StepResult, always, never
 from ernie_dist.engine.optimizer import ParameterGroups, adamw
+from ernie_dist.engine.replicas import digest
 from ernie_dist.spec.ds_config import offloads, read_ds_config, zero_stage
 from ernie_dist.spec.errors import CheckpointError
 from ernie_dist.spec.training import EngineSpec, OptimizerSpec
@@ -133,6 +134,10 @@ class DeepSpeedEngine:
 
     def freeze(self, patterns: Sequence[str]) -> None:
         self._groups.freeze(patterns)
+
+    def replicated_digest(self) -> str | None:
+        # ZeRO-3 keeps small parameters whole between steps, but which ones and when is DeepSpeed's affair.
+        return None if self._zero_stage == 3 else digest(self._engine.module.parameters())
 
     def save(self, folder: Path) -> None:
         # DeepSpeed's own `latest` is written before the other ranks' shards are there: the store commits instead.

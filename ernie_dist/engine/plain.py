@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ernie_dist.batch import IGNORED, Batch, MicroBatch
 from ernie_dist.engine.base import StepResult, always, never
 from ernie_dist.engine.optimizer import ParameterGroups, adamw
+from ernie_dist.engine.replicas import digest
 from ernie_dist.spec.errors import SpecError
 from ernie_dist.spec.training import EngineSpec, OptimizerSpec
 from ernie_dist.world import World
@@ -84,6 +85,9 @@ class PlainEngine:
 
     def freeze(self, patterns: Sequence[str]) -> None:
         self._groups.freeze(patterns)
+
+    def replicated_digest(self) -> str | None:
+        return digest(self.model.parameters())
 
     def save(self, folder: Path) -> None:
         torch.save({"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}, folder / _STATE)

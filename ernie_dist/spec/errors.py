@@ -9,6 +9,8 @@ class ErnieError(Exception):
     """Root of all errors of ernie_dist that are not bugs. Shown to the person without a traceback."""
 
     exit_code = 2
+    final = False
+    """True: the very same would happen again, so an attempt that ended with it is not started again"""
 
 
 class SpecError(ErnieError, ValueError):
@@ -25,6 +27,22 @@ class RunDirError(ErnieError, RuntimeError):
 
 class CheckpointError(ErnieError, RuntimeError):
     """A checkpoint cannot be written, read or trusted."""
+
+
+class BadNumbersError(ErnieError, ArithmeticError):
+    """Too many updates in a row were refused. The next attempt skips their batches, unless it is final."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
+
+
+class RanksDiffer(ErnieError, RuntimeError):
+    """Ranks that must hold the same parameters do not."""
+
+    exit_code = 1
 
 
 class EnvironmentProblem(ErnieError, RuntimeError):
