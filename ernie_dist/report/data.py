@@ -144,6 +144,11 @@ class RunSummary:
     restarts: list[int]
     """consumed tokens at which a later attempt went on"""
     skipped_steps: int
+    """steps whose update was refused, or skipped by the engine"""
+    refused_updates: list[dict[str, Any]]
+    """UpdateRefused events, the last of each batch, in order"""
+    skipped_batches: list[dict[str, Any]]
+    """BatchesSkipped events"""
 
     @property
     def steps(self) -> int:
@@ -171,11 +176,10 @@ class RunSummary:
     def training_seconds(self) -> float:
         """Time spent in steps; a step executed twice counts once, evaluations and checkpoints do not."""
         seconds = 0.0
-        before = 0
+        tokens = {stage.name: stage.tokens_per_batch for stage in self.job.stages}
         for step in self.metrics:
-            tokens, before = step["consumed_tokens"] - before, step["consumed_tokens"]
             if step["tokens_per_second"] > 0:
-                seconds += tokens / step["tokens_per_second"]
+                seconds += tokens[step["stage"]] / step["tokens_per_second"]
         return seconds
 
     @property
@@ -206,6 +210,8 @@ def collect(run_dir: Path) -> RunSummary:
         refused=[(e["checkpoint"], e["reason"]) for e in events if e["event"] == "CheckpointRefused"],
         restarts=[job.consumed_tokens(a.from_step) for a in attempts[1:]],
         skipped_steps=sum(not step.get("applied", True) for step in metrics),
+        refused_updates=_refused_updates(events),
+        skipped_batches=[event for event in events if event["event"] == "BatchesSkipped"],
     )
 
 
@@ -215,6 +221,8 @@ def _evaluations(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for event in events:
         if event["event"] == "Evaluated" and event["loss"] is not None:
             latest[event["step"], event["source"]] = event
+        elif event["event"] == "BatchesSkipped":  # the run went back behind these
+            latest = {key: kept for key, kept in latest.items() if key[0] < event["step"]}
     return sorted(latest.values(), key=lambda event: event["step"])
 
 
@@ -223,6 +231,11 @@ def _held_out(job: ResolvedJob, evaluations: list[dict[str, Any]]) -> dict[str, 
     for event in evaluations:
         curves.setdefault(event["source"], []).append((event["consumed_tokens"], event["loss"]))
     return {name: points for name, points in curves.items() if points}
+
+
+def _refused_updates(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    latest = {event["batch_index"]: event for event in events if event["event"] == "UpdateRefused"}
+    return [latest[index] for index in sorted(latest)]
 
 
 def _matrix(job: ResolvedJob, evaluations: list[dict[str, Any]]) -> list[MatrixRow]:
