@@ -55,14 +55,14 @@ def _take_over_output(path: Path) -> IO[str]:
 
 def _leave_error(files: RunFiles, attempt: int, rank: int, error: BaseException) -> None:
     """error.json of the first rank that failed; the others fail because of it."""
-    known = isinstance(error, ErnieError)
+    code = error.exit_code if isinstance(error, ErnieError) else 1
     message = str(error) or type(error).__name__
     content = {
         "rank": rank,
         "kind": type(error).__name__,
         "message": message,
-        "exit_code": error.exit_code if known else 1,
-        "final": known and error.final,
+        "exit_code": code,
+        "final": isinstance(error, ErnieError) and error.final,
         "traceback": traceback.format_exc(),
     }
     try:

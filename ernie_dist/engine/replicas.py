@@ -17,7 +17,7 @@ from ernie_dist.world import World
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """by bytes of an element"""
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 """elements that are widened to 64 bits at once"""
 
 

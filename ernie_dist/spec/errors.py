@@ -10,7 +10,7 @@ class ErnieError(Exception):
 
     exit_code = 2
     final = False
-    """True: the very same would happen again, so an attempt that ended with it is not started again"""
+    """whether starting the run again would end in the same way, whatever the exit code says"""
 
 
 class SpecError(ErnieError, ValueError):

@@ -113,6 +113,10 @@ def test_refused_updates_change_nothing_and_bad_stretches_are_skipped_however_of
         for index, changed in json.loads((files.attempt(attempt) / "touched.json").read_text()).items():
             assert changed == (int(index) not in reasons), f"batch {index} in attempt {attempt}"
 
+    said = files.rank_log(1, 0).read_text(encoding="utf-8")
+    assert said.count(f"the update is refused (batch {LONE_NAN}): the loss is nan") == 1
+    assert "the engine skipped" not in said and "batches 9 to 10 are skipped from now on" in said
+
     skipped = json.loads(files.skipped_batches.read_text())
     assert [(window["first"], window["end"], window["step"], window["attempt"]) for window in skipped] == [
         (9, 11, 10, 1),
