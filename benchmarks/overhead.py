@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ernie_dist.batch import Batch
     from ernie_dist.data.loader import BatchLoader
     from ernie_dist.spec.resolve import ResolvedJob
+    from ernie_dist.spec.skips import Skips
     from ernie_dist.world import World
 
 GOAL = 1.03
@@ -170,10 +171,10 @@ class _Worker:
             (self._run_dir / _RESULT).write_text(json.dumps(measured), encoding="utf-8")
         world.close()
 
-    def _batches(self, loader: BatchLoader, first: int, end: int, *, ahead: int) -> Iterator[Batch]:
+    def _batches(self, loader: BatchLoader, first: int, end: int, *, ahead: int, without: Skips) -> Iterator[Batch]:
         """What load_batches yields; a block of the bare loop runs before or after each block of it."""
         plan, self._bare = self._plan, _BareLoop(self._job, self._world, [loader[index] for index in range(first, end)])
-        batches = self._load_batches(loader, first, end, ahead=ahead)
+        batches = self._load_batches(loader, first, end, ahead=ahead, without=without)
         for _ in range(plan.warm_up):
             yield next(batches)
         self._bare.steps(plan.warm_up)

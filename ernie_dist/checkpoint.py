@@ -20,14 +20,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ernie_dist.engine.base import Engine
 from ernie_dist.engine.select import convert
 from ernie_dist.progress import Progress
-from ernie_dist.spec.errors import CheckpointError, CheckpointWriteError
+from ernie_dist.spec.errors import CheckpointError, CheckpointWriteError, ErnieError
 from ernie_dist.spec.layout import EngineLayout
 from ernie_dist.spec.resolve import ResolvedJob
 from ernie_dist.spec.run_files import PROGRESS, complete_checkpoints, read_state
@@ -64,13 +64,18 @@ class Restored:
     refused: tuple[tuple[Path, str], ...]
     converted_from: EngineLayout | None
     """how it was saved, where this attempt's ranks or engine differ"""
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any]
+    """what `save` was given, floats to the last bit; {} if that was nothing"""
 
 
 class CheckpointStore:
     """The checkpoints of one run. Every method but `due` and `saved` is collective."""
 
-    def __init__(self, folder: Path, job: ResolvedJob, world: World) -> None:
+    def __init__(
+        self, folder: Path, job: ResolvedJob, world: World, *, before_publishing: Callable[[], None] = lambda: None
+    ) -> None:
+        """`before_publishing` raises on rank 0 if this attempt has lost the right to add a checkpoint to the run."""
+        self._before_publishing = before_publishing
         self._folder, self.job, self._world = folder, job, world
         self._behind = world.apart()  # the thread's own, so that its messages do not mix with those of the steps
         self._under_way: Future[Saved] | None = None
@@ -79,9 +84,9 @@ class CheckpointStore:
             folder.mkdir(parents=True, exist_ok=True)
         world.barrier()
 
-    def due(self, progress: Progress) -> bool:
-        """Whether a save is due after the batch that led to `progress`."""
-        return self.job.crosses(self.job.spec.checkpoint.every, progress.batch_index)
+    def due(self, progress: Progress, since: int | None = None) -> bool:
+        """Whether a save is due after the batches that led to `progress`, from batch `since` (else the last one)."""
+        return self.job.crosses(self.job.spec.checkpoint.every, progress.batch_index, since)
 
     def save(self, engine: Engine, progress: Progress, extra: Mapping[str, Any] | None = None) -> None:
         """Takes a snapshot, and has a thread write, hash and commit it. One at a time: waits for the one before.
@@ -244,6 +249,7 @@ class CheckpointStore:
             "extra": extra,
         }
         complete(aside, {**written, PROGRESS: write_text(aside / PROGRESS, json.dumps(state, indent=1))})
+        self._before_publishing()
         if final.exists():  # the run came by here before, and went back
             old = final.with_name(f"{final.name}.old{_ASIDE}")
             shutil.rmtree(old, ignore_errors=True)
@@ -266,13 +272,13 @@ class CheckpointStore:
         try:
             if world.is_main or not on_main:
                 result = action()
+        except ErnieError as error:
+            problem = str(error)
         except (OSError, RuntimeError) as error:
-            problem = f"{what}: {error}"
+            problem = f"{what}: {error}; free space or mend the disk, and launch again"
         problems = [text for text in world.gather(problem) if text]
         if problems:
-            raise CheckpointWriteError(
-                f"{problems[0]}; the checkpoint before it is untouched. Free space or mend the disk, and launch again"
-            )
+            raise CheckpointWriteError(f"{problems[0]} (the checkpoints before it are untouched)")
         return result
 
 

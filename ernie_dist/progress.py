@@ -11,7 +11,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` counts optimizer updates, `batch_index` the batches consumed; they part only when data was skipped.
+    """`step` counts optimizer updates, `batch_index` the batches behind it; they part only where data was skipped.
+
+    The batches of a skipped window are behind a run with the first step after them, and not before.
 
     `batch_hash` rolls over the ids of every sequence consumed: two runs that agree on it have seen the same data in
     the same order.
@@ -24,6 +26,10 @@ class Progress:
     @classmethod
     def start(cls) -> Progress:
         return cls(step=0, batch_index=0, batch_hash="0" * 16)
+
+    def skipping_to(self, batch_index: int) -> Progress:
+        """The progress with all batches before `batch_index` behind it; those in between were not trained on."""
+        return Progress(self.step, batch_index, self.batch_hash)
 
     def after(self, sequence_ids: np.ndarray) -> Progress:
         """The progress once a batch has been trained on. sequence_ids: int64 [global_batch_size, 2]."""

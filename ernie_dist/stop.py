@@ -50,10 +50,6 @@ class StopRequest:
             self._reason = "time limit"
         return bool(self._reason)
 
-    def pending(self) -> bool:
-        """Whether this rank knows of a request. Only rank 0 looks; nothing is communicated."""
-        return self._world.is_main and self._file.exists()
-
     def requested(self) -> bool:
         """Whether to stop now. Collective: the same answer on all ranks."""
         return self._world.any(self.pending())

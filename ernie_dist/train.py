@@ -1,11 +1,11 @@
-"""Composition root and training loop."""
+"""Composition root and training loop: one attempt of one run."""
 
 from __future__ import annotations
 
 import platform
 import shutil
 import sys
-import time
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -13,117 +13,265 @@ from typing import IO, Any
 
 import torch
 
-from ernie_dist.checkpoint import CheckpointStore
+from ernie_dist.batch import Batch
+from ernie_dist.checkpoint import CheckpointStore, Restored
 from ernie_dist.data.loader import BatchLoader, load_batches
-from ernie_dist.engine.base import Engine, StepResult
+from ernie_dist.engine.base import Engine
+from ernie_dist.engine.replicas import refuse_difference
 from ernie_dist.engine.select import build_engine
 from ernie_dist.evaluate.held_out import HeldOut
+from ernie_dist.events import event as events
 from ernie_dist.events import goodput
 from ernie_dist.events.console import ConsoleSink
-from ernie_dist.events.event import (
-    AttemptStarted,
-    CheckpointRefused,
-    CheckpointSaved,
-    Evaluated,
-    EventBus,
-    Finished,
-    PhaseEnded,
-    Restored,
-    StageStarted,
-    StepFinished,
-    Stopped,
-    Straggler,
-    TimeSpent,
-)
-from ernie_dist.events.history import read_metrics
+from ernie_dist.events.history import read_events, read_metrics
 from ernie_dist.events.sinks import build_sinks
 from ernie_dist.export.transformers_folder import export_model
+from ernie_dist.guard import Recent
 from ernie_dist.heartbeat import Heartbeat, Phase
+from ernie_dist.meter import Meter
 from ernie_dist.model.build import build_model
 from ernie_dist.model.loss import summed_loss
 from ernie_dist.progress import Progress
+from ernie_dist.rewind import Refusals, check_position
 from ernie_dist.schedule import learning_rate
 from ernie_dist.spec.errors import EnvironmentProblem
-from ernie_dist.spec.hardware import peak_flops
+from ernie_dist.spec.lease import refuse_if_lost
 from ernie_dist.spec.resolve import ResolvedJob, ResolvedStage
-from ernie_dist.spec.run_files import RunFiles, complete_checkpoints
-from ernie_dist.spec.shape import ModelShape
+from ernie_dist.spec.run_files import RunFiles, complete_checkpoints, read_state
+from ernie_dist.spec.skips import Skips
 from ernie_dist.stop import StopRequest
-from ernie_dist.straggler import BusyTimes, Slowest
+from ernie_dist.straggler import BusyTimes
 from ernie_dist.world import World
 
 
 def train(run_dir: Path, attempt: int, world: World, console: IO[str], heartbeat: Heartbeat | None = None) -> bool:
     """Runs or goes on with the job of a run directory. True when it is finished, False when it stopped on request."""
-    files, beat = RunFiles(run_dir), heartbeat or Heartbeat()
-    job = ResolvedJob.read(files.job)
-    stop = StopRequest(files.stop, world)
-    engine = _build_engine(job, world)
-    store = CheckpointStore(files.checkpoints, job, world)
-    _refuse_full_disk(files, job, engine)
-    # The rank's own log is where `ernie logs` looks, also once the terminal is gone.
-    events = EventBus([*build_sinks(job, files, console), ConsoleSink(sys.stdout)] if world.is_main else [])
-    beat.on_end = lambda phase, step, seconds: events.emit(PhaseEnded(attempt, phase.label, step, seconds))
-    progress = _restore(store, engine, files, world, attempt, events)
-    events.emit(_attempt_started(job, attempt, progress, engine, world))
-    held_out, meter = HeldOut(job, world), _Meter(job, engine, world)
-    busy = BusyTimes(world, job.spec.watchdog.straggler)
-    if progress.batch_index == 0:
-        beat.enter(Phase.EVALUATE, 0)
-        _evaluate(engine, held_out, job, progress, "start", events)
-        meter.resume()
-
-    stage, stopping = None, False
-    ahead = 2 if world.device.type == "cuda" else 0
-    beat.enter(Phase.READ, progress.step + 1)
-    for batch in load_batches(BatchLoader(job, world), progress.batch_index, job.total_batches, ahead=ahead):
-        reading = meter.seconds()
-        beat.enter(Phase.FIRST_STEP if stage is None else Phase.STEP, progress.step + 1)
-        if stage is None or batch.index == stage.end_batch:
-            stage = job.stage_at(batch.index)
-            engine.freeze(stage.freeze)
-            events.emit(_stage_started(job, stage, progress))
-        rate = learning_rate(job, progress)
-        result = engine.step(batch, rate, flag=stop.pending)
-        progress = progress.after(batch.sequence_ids)
-        slowest = busy.add(reading + result.busy_seconds)
-        events.emit(_step_finished(job, stage, progress, rate, result, meter, attempt, slowest))
-        if slowest and busy.begins(slowest):
-            events.emit(Straggler(progress.step, slowest.rank, slowest.imbalance, slowest.busy_seconds))
-        every = job.spec.evaluate.every
-        if job.is_stage_end(progress.batch_index) or (every and job.crosses(every, progress.batch_index)):
-            beat.enter(Phase.EVALUATE, progress.step)
-            _evaluate(engine, held_out, job, progress, stage.name, events)
-        finished = progress.batch_index == job.total_batches
-        stopping = result.flagged and not finished
-        if stopping or finished or store.due(progress):
-            beat.enter(Phase.SAVE, progress.step)
-            store.save(engine, progress)
-        for saved in store.finish() if stopping or finished else store.saved():
-            events.emit(CheckpointSaved(saved.step, saved.folder.name, saved.bytes, saved.seconds, saved.blocked))
-        if stopping:
-            events.emit(Stopped(progress.step, stop.reason()))
-            break
-        meter.resume()
-        beat.enter(Phase.READ, progress.step + 1)
-    if not stopping:
-        beat.enter(Phase.EXPORT, progress.step)
-        if world.is_main:
-            export_model(job, complete_checkpoints(files.checkpoints)[0], files.export)
-        world.barrier()
-        events.emit(Finished(progress.step, job.consumed_tokens(progress.batch_index), str(files.export)))
-    beat.enter(Phase.CLOSE, progress.step)
-    _close(engine, files, job, progress, events, is_main=world.is_main)
-    return not stopping
+    return _Attempt(RunFiles(run_dir), attempt, world, console, heartbeat or Heartbeat()).run()
 
 
-def _close(
-    engine: Engine, files: RunFiles, job: ResolvedJob, progress: Progress, events: EventBus, *, is_main: bool
-) -> None:
-    if is_main:
-        events.emit(TimeSpent(progress.step, goodput.of_run(files, job)))
-    events.close()
-    engine.close()
+class _Attempt:
+    """What an attempt is made of, and the loop that uses it. `progress` is all that changes."""
+
+    def __init__(self, files: RunFiles, attempt: int, world: World, console: IO[str], beat: Heartbeat) -> None:
+        self.files, self.attempt, self.world, self.beat = files, attempt, world, beat
+        self.job = job = ResolvedJob.read(files.job)
+        saves = [event["seconds"] for event in read_events(files.events) if event["event"] == "CheckpointSaved"]
+        self.stop = StopRequest((files.stop, files.signalled(attempt)), world, saves=saves)
+        self.engine = _build_engine(job, world)
+        fence = partial(refuse_if_lost, files.root, attempt)
+        self.store = CheckpointStore(files.checkpoints, job, world, before_publishing=fence)
+        _refuse_full_disk(files, job, self.engine)
+        # The rank's own log is where `ernie logs` looks, also once the terminal is gone.
+        sinks = [*build_sinks(job, files, console), ConsoleSink(sys.stdout)] if world.is_main else []
+        self.events = events.EventBus(sinks)
+        beat.on_end = lambda phase, step, seconds: self.events.emit(
+            events.PhaseEnded(attempt, phase.label, step, seconds)
+        )
+        self.skips = Skips.read(files.skipped_batches)
+        restored = self.store.restore(self.engine)
+        self.progress = self._accept(restored) if restored else Progress.start()
+        recent = Recent.from_json(restored.extra["recent"]) if restored and restored.extra else Recent()
+        self.refusals = Refusals(job.spec, recent, self.skips, files, attempt, world, self.events)
+        self.held_out, self.meter = HeldOut(job, world), Meter(job, self.engine, world)
+        self.busy = BusyTimes(world, job.spec.watchdog.straggler)
+        self.events.emit(self._started())
+
+    def run(self) -> bool:
+        job, engine, beat, refusals = self.job, self.engine, self.beat, self.refusals
+        self._evaluate_what_is_owed()
+        stopping, stage, due = self.stop.requested(), None, False
+        if stopping:  # before the first step: the checkpoint this attempt began with is all there is to keep
+            self.events.emit(events.Stopped(self.progress.step, self.stop.reason()))
+        for batch in self._batches(none=stopping):
+            since, self.progress = self.progress.batch_index, self.progress.skipping_to(batch.index)
+            beat.enter(Phase.FIRST_STEP if stage is None else Phase.STEP, self.progress.step + 1)
+            if stage is None or batch.index >= stage.end_batch:
+                stage = self._begin_stage(batch)
+            rate = learning_rate(job, self.progress)
+            result = engine.step(batch, rate, accepts=refusals.accepts(stage.name), flag=self.stop.pending)
+            self.progress = self.progress.after(batch.sequence_ids)
+            self._record(batch, stage, rate, result)
+            if refusals.too_many:
+                refusals.go_back()
+            if self._evaluation_is_due(stage, since):
+                self._evaluate(stage, at_end=self._has_ended(stage))
+            # Updates refused in a row may end in going back: until they end nothing is saved, and a stop waits.
+            finished = self.skips.next(self.progress.batch_index) == job.total_batches
+            stopping = result.flagged and not finished and not refusals.pending
+            due = due or self.store.due(self.progress, since)
+            saving = self.stop.save_fits() if stopping else finished or (due and not refusals.pending)
+            if saving or job.crosses(job.spec.bad_numbers.compare_ranks, self.progress.batch_index, since):
+                refuse_difference(engine, self.world, self.progress.step)
+            if saving:
+                due = False
+                beat.enter(Phase.SAVE, self.progress.step)
+                self.store.save(engine, self.progress, {"recent": refusals.recent.to_json()})
+            self._tell_of_saves(wait=stopping or finished)
+            if stopping:
+                self.events.emit(self._stopped(saved=saving))
+                break
+            self.meter.resume()
+            beat.enter(Phase.READ, self.progress.step + 1)
+        if not stopping:
+            self._export()
+        self._close()
+        return not stopping
+
+    def _batches(self, *, none: bool) -> Iterator[Batch]:
+        first, end = self.progress.batch_index, self.job.total_batches
+        self.meter.resume()
+        self.beat.enter(Phase.READ, self.progress.step + 1)
+        ahead = 2 if self.world.device.type == "cuda" else 0
+        loader = BatchLoader(self.job, self.world)
+        for batch in load_batches(loader, first, first if none else end, ahead=ahead, without=self.skips):
+            self.meter.batch_read()
+            yield batch
+
+    def _begin_stage(self, batch: Batch) -> ResolvedStage:
+        stage = self.job.stage_at(batch.index)
+        self.engine.freeze(stage.freeze)
+        number, tokens = self.job.stages.index(stage), self.job.consumed_tokens(batch.index)
+        self.events.emit(events.StageStarted(self.progress.step, stage.name, number, stage.batches, tokens))
+        return stage
+
+    def _record(self, batch: Batch, stage: ResolvedStage, rate: float, result: Any) -> None:
+        progress, slowest = self.progress, self.busy.add(self.meter.reading + result.busy_seconds)
+        speed, mfu = self.meter.step(stage)
+        self.refusals.look(batch, progress.step, result)
+        self.events.emit(
+            events.StepFinished(
+                step=progress.step,
+                stage=stage.name,
+                loss=result.loss,
+                learning_rate=rate,
+                grad_norm=result.grad_norm,
+                consumed_tokens=self.job.consumed_tokens(progress.batch_index),
+                loss_tokens=result.loss_tokens,
+                tokens_per_second=speed,
+                mfu=mfu,
+                attempt=self.attempt,
+                batch_hash=progress.batch_hash,
+                applied=result.applied,
+                slowest_rank=slowest.rank if slowest else None,
+                rank_imbalance=slowest.imbalance if slowest else None,
+            )
+        )
+        if slowest and self.busy.begins(slowest):
+            self.events.emit(events.Straggler(progress.step, slowest.rank, slowest.imbalance, slowest.busy_seconds))
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+
+    def _has_ended(self, stage: ResolvedStage) -> bool:
+        """Whether all batches of the stage that are not skipped have been trained on."""
+        return self.skips.next(self.progress.batch_index) >= stage.end_batch
+
+    def _evaluation_is_due(self, stage: ResolvedStage, since: int | None = None) -> bool:
+        every = self.job.spec.evaluate.every
+        crossed = every is not None and self.job.crosses(every, self.progress.batch_index, since)
+        return crossed or self._has_ended(stage)
+
+    def _evaluate_what_is_owed(self) -> None:
+        """At the beginning; and where a stop cut the evaluation here short, or skipped batches ended a stage."""
+        progress = self.progress
+        stage = self.job.stage_at(progress.batch_index - 1) if progress.batch_index else None
+        at_end = stage is None or self._has_ended(stage)
+        owed = self.world.is_main and (stage is None or self._evaluation_is_due(stage))
+        if owed:
+            done = {
+                event["source"]
+                for event in read_events(self.files.events)
+                if event["event"] == "Evaluated" and event["step"] == progress.step and event["at_stage_end"] >= at_end
+            }
+            owed = bool(self.held_out.sources - done)
+        if self.world.any(owed):
+            self._evaluate(stage, at_end=at_end)
+
+    def _evaluate(self, stage: ResolvedStage | None, *, at_end: bool) -> None:
+        """A stop cuts it short, except at the very end of the run, where nothing would make up for it."""
+        progress = self.progress
+        self.beat.enter(Phase.EVALUATE, progress.step)
+        last = self.skips.next(progress.batch_index) == self.job.total_batches
+        for measured in self.held_out.losses(self.engine, lambda: not last and self.stop.requested()):
+            self.events.emit(
+                events.Evaluated(
+                    step=progress.step,
+                    stage=stage.name if stage else "start",
+                    source=measured.source,
+                    loss=measured.loss,
+                    tokens=measured.tokens,
+                    consumed_tokens=self.job.consumed_tokens(progress.batch_index),
+                    at_stage_end=at_end,
+                )
+            )
+
+    # ---- beginning and end -------------------------------------------------------------------------------------------
+
+    def _accept(self, restored: Restored) -> Progress:
+        """Tells of a checkpoint that was loaded. Raises CheckpointError if it does not fit the skipped batches."""
+        for folder, reason in restored.refused:
+            self.events.emit(events.CheckpointRefused(folder.name, reason))
+        progress, saved = restored.progress, restored.converted_from
+        check_position(progress, self.skips, restored.folder.name)
+        self.events.emit(
+            events.Restored(
+                attempt=self.attempt,
+                step=progress.step,
+                consumed_tokens=self.job.consumed_tokens(progress.batch_index),
+                checkpoint=restored.folder.name,
+                seconds=restored.seconds,
+                converted=f"saved with {saved}, goes on with {self.job.layout(self.world.size)}" if saved else "",
+                **_lost(self.files, self.job, progress),
+            )
+        )
+        return progress
+
+    def _started(self) -> events.AttemptStarted:
+        spec, on_gpu = self.job.spec.engine, self.world.device.type == "cuda"
+        packages = ("ernie_dist", "torch", "transformers", "deepspeed")
+        return events.AttemptStarted(
+            attempt=self.attempt,
+            step=self.progress.step,
+            total_batches=self.job.total_batches,
+            total_tokens=self.job.total_tokens,
+            world_size=self.world.size,
+            device=torch.cuda.get_device_name() if on_gpu else "cpu",
+            engine=f"{spec.kind} {spec.ds_config}" if spec.kind == "deepspeed" else spec.kind,
+            parameters=self.engine.parameters,
+            versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
+        )
+
+    def _tell_of_saves(self, *, wait: bool) -> None:
+        if wait:
+            self.beat.enter(Phase.SAVE, self.progress.step)
+        for saved in self.store.finish() if wait else self.store.saved():
+            self.stop.saved(saved.seconds)
+            self.events.emit(
+                events.CheckpointSaved(saved.step, saved.folder.name, saved.bytes, saved.seconds, saved.blocked)
+            )
+
+    def _stopped(self, *, saved: bool) -> events.Stopped:
+        step, reason = self.progress.step, self.stop.reason()
+        if saved:
+            return events.Stopped(step, reason)
+        newest = complete_checkpoints(self.files.checkpoints)[:1]
+        kept = [Progress.from_json(read_state(one)["progress"]) for one in newest] or [Progress.start()]
+        now, then = (self.job.consumed_tokens(one.batch_index) for one in (self.progress, kept[0]))
+        return events.Stopped(step, reason, step - kept[0].step, now - then)
+
+    def _export(self) -> None:
+        self.beat.enter(Phase.EXPORT, self.progress.step)
+        if self.world.is_main:
+            export_model(self.job, complete_checkpoints(self.files.checkpoints)[0], self.files.export)
+        self.world.barrier()
+        tokens = self.job.consumed_tokens(self.progress.batch_index)
+        self.events.emit(events.Finished(self.progress.step, tokens, str(self.files.export)))
+
+    def _close(self) -> None:
+        self.beat.enter(Phase.CLOSE, self.progress.step)
+        if self.world.is_main:
+            self.events.emit(events.TimeSpent(self.progress.step, goodput.of_run(self.files, self.job)))
+        self.events.close()
+        self.engine.close()
 
 
 def _build_engine(job: ResolvedJob, world: World) -> Engine:
@@ -134,55 +282,15 @@ def _build_engine(job: ResolvedJob, world: World) -> Engine:
     return build_engine(spec.engine, spec.optimizer, freezes, build, summed_loss, world, pretrained=pretrained)
 
 
-def _restore(
-    store: CheckpointStore, engine: Engine, files: RunFiles, world: World, attempt: int, events: EventBus
-) -> Progress:
-    restored, job = store.restore(engine), store.job
-    if restored is None:
-        return Progress.start()
-    for folder, reason in restored.refused:
-        events.emit(CheckpointRefused(folder.name, reason))
-    progress, saved = restored.progress, restored.converted_from
-    events.emit(
-        Restored(
-            attempt=attempt,
-            step=progress.step,
-            consumed_tokens=job.consumed_tokens(progress.batch_index),
-            checkpoint=restored.folder.name,
-            seconds=restored.seconds,
-            converted=f"saved with {saved}, goes on with {job.layout(world.size)}" if saved else "",
-            **_lost(files, job, progress),
-        )
-    )
-    return progress
-
-
 def _lost(files: RunFiles, job: ResolvedJob, progress: Progress) -> dict[str, Any]:
     """What was done after the checkpoint, and is done again."""
     steps = read_metrics(files.metrics)
     again = [step for step in steps if step["step"] > progress.step]
     if not again:
-        return {"lost_steps": 0, "lost_tokens": 0, "lost_seconds": 0.0}
+        return {}
     since = max((step["time"] for step in steps if step["step"] == progress.step), default=again[0]["time"])
     tokens = again[-1]["consumed_tokens"] - job.consumed_tokens(progress.batch_index)
     return {"lost_steps": len(again), "lost_tokens": tokens, "lost_seconds": again[-1]["time"] - since}
-
-
-def _evaluate(
-    engine: Engine, held_out: HeldOut, job: ResolvedJob, progress: Progress, stage: str, events: EventBus
-) -> None:
-    for measured in held_out.losses(engine):
-        events.emit(
-            Evaluated(
-                step=progress.step,
-                stage=stage,
-                source=measured.source,
-                loss=measured.loss,
-                tokens=measured.tokens,
-                consumed_tokens=job.consumed_tokens(progress.batch_index),
-                at_stage_end=progress.batch_index == 0 or job.is_stage_end(progress.batch_index),
-            )
-        )
 
 
 def _refuse_full_disk(files: RunFiles, job: ResolvedJob, engine: Engine) -> None:
@@ -197,79 +305,3 @@ def _refuse_full_disk(files: RunFiles, job: ResolvedJob, engine: Engine) -> None
             f"(keep_last {job.spec.checkpoint.keep_last}, and one being written); free space or lower "
             "checkpoint.keep_last"
         )
-
-
-def _stage_started(job: ResolvedJob, stage: ResolvedStage, progress: Progress) -> StageStarted:
-    number = job.stages.index(stage)
-    return StageStarted(progress.step, stage.name, number, stage.batches, job.consumed_tokens(progress.batch_index))
-
-
-def _step_finished(
-    job: ResolvedJob,
-    stage: ResolvedStage,
-    progress: Progress,
-    rate: float,
-    result: StepResult,
-    meter: _Meter,
-    attempt: int,
-    slowest: Slowest | None,
-) -> StepFinished:
-    speed, mfu = meter.step(stage)
-    return StepFinished(
-        step=progress.step,
-        stage=stage.name,
-        loss=result.loss,
-        learning_rate=rate,
-        grad_norm=result.grad_norm,
-        consumed_tokens=job.consumed_tokens(progress.batch_index),
-        loss_tokens=result.loss_tokens,
-        tokens_per_second=speed,
-        mfu=mfu,
-        attempt=attempt,
-        batch_hash=progress.batch_hash,
-        applied=result.applied,
-        slowest_rank=slowest.rank if slowest else None,
-        rank_imbalance=slowest.imbalance if slowest else None,
-    )
-
-
-def _attempt_started(
-    job: ResolvedJob, attempt: int, progress: Progress, engine: Engine, world: World
-) -> AttemptStarted:
-    on_gpu = world.device.type == "cuda"
-    packages = ("ernie_dist", "torch", "transformers", "deepspeed")
-    return AttemptStarted(
-        attempt=attempt,
-        step=progress.step,
-        total_batches=job.total_batches,
-        total_tokens=job.total_tokens,
-        world_size=world.size,
-        device=torch.cuda.get_device_name() if on_gpu else "cpu",
-        engine=job.spec.engine.kind + (f" {job.spec.engine.ds_config}" if job.spec.engine.kind == "deepspeed" else ""),
-        parameters=engine.parameters,
-        versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
-    )
-
-
-class _Meter:
-    """Speed of the steps alone: saving and evaluating stop the clock."""
-
-    def __init__(self, job: ResolvedJob, engine: Engine, world: World) -> None:
-        self._shape = ModelShape.from_config(engine.config)
-        name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
-        peak = peak_flops(name)
-        self._peak = peak * world.size if peak else None
-        self._since = time.perf_counter()
-
-    def step(self, stage: ResolvedStage) -> tuple[float, float | None]:
-        """(token positions per second, model FLOPs utilisation) of the step that has just ended."""
-        speed = stage.tokens_per_batch / self.seconds()
-        flops = speed * self._shape.flops_per_token(stage.sequence_length)
-        return speed, flops / self._peak if self._peak else None
-
-    def seconds(self) -> float:
-        """Since the step before ended."""
-        return time.perf_counter() - self._since
-
-    def resume(self) -> None:
-        self._since = time.perf_counter()

@@ -40,10 +40,10 @@ def cause(run_dir: RunDir, attempt: int, returncode: int | None) -> Cause:
     logs = sorted(files.attempt(attempt).glob("node_*.log"))
     text = "\n".join(log.read_text(encoding="utf-8", errors="replace") for log in logs)
     killed = [(int(rank), int(number)) for rank, number in _FAILURE.findall(text) if int(number) != _SIGTERM]
-    if killed:
+    ending = run_dir.ending(attempt)
+    if killed and not (ending and ending.get("kind") == "Hang"):  # there it was the watchdog that killed
         rank, number = killed[0]
         return Cause(CRASHED, f"rank {rank} was killed by signal {number}", log=files.rank_log(attempt, rank))
-    ending = run_dir.ending(attempt)
     if ending is None:
         how = "unseen" if returncode is None else f"exit code {returncode}"
         how = f"signal {-returncode}" if returncode is not None and returncode < 0 else how

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -98,13 +98,17 @@ class BatchLoader:
         return self._readers[key]
 
 
-def load_batches(loader: BatchLoader, first: int, end: int, *, ahead: int = 2) -> Iterator[Batch]:
+def load_batches(
+    loader: BatchLoader, first: int, end: int, *, ahead: int = 2, without: Container[int] = ()
+) -> Iterator[Batch]:
     """Batches first, first + 1, ... end - 1, read by one thread that stays at most `ahead` batches in front.
 
+    Batches in `without` are passed over: not even read.
     With ahead = 0 there is no thread: where a rank computes on the CPU, one would only take its core.
     """
+    indices = [index for index in range(first, end) if index not in without]
     if ahead == 0:
-        yield from (loader[index] for index in range(first, end))
+        yield from (loader[index] for index in indices)
         return
     ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=ahead)
     closed = threading.Event()
@@ -116,7 +120,7 @@ def load_batches(loader: BatchLoader, first: int, end: int, *, ahead: int = 2) -
 
     def read() -> None:
         try:
-            for index in range(first, end):
+            for index in indices:
                 if closed.is_set():
                     return
                 put(loader[index])
@@ -126,7 +130,7 @@ def load_batches(loader: BatchLoader, first: int, end: int, *, ahead: int = 2) -
     thread = threading.Thread(target=read, name="loader", daemon=True)
     thread.start()
     try:
-        for _ in range(first, end):
+        for _ in indices:
             item = ready.get()
             if isinstance(item, BaseException):
                 raise item

@@ -106,6 +106,13 @@ class Engine(Protocol):
         """Parameters whose names match are not updated from now on; all others are."""
         ...
 
+    def replicated_digest(self) -> str | None:
+        """A hash of all parameters, where every data-parallel rank holds all of them; None where they are partitioned.
+
+        Ranks that differ in one bit differ in it.
+        """
+        ...
+
     def snapshot(self) -> dict[str, Any]:
         """All that `load` needs, by file name, as torch.save takes it: a copy in host memory. Collective.
 

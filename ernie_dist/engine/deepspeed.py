@@ -33,6 +33,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from ernie_dist.batch import IGNORED, Batch, MicroBatch
 from ernie_dist.engine.base import ForwardClock, StepResult, always, never
 from ernie_dist.engine.optimizer import ParameterGroups, adamw
+from ernie_dist.engine.replicas import digest
 from ernie_dist.engine.snapshot import HostCopy
 from ernie_dist.engine.universal import convert_files, read_step
 from ernie_dist.spec.ds_config import offloads, read_ds_config, zero_stage
@@ -170,6 +171,10 @@ class DeepSpeedEngine:
 
     def freeze(self, patterns: Sequence[str]) -> None:
         self._groups.freeze(patterns)
+
+    def replicated_digest(self) -> str | None:
+        # ZeRO-3 keeps small parameters whole between steps, but which ones and when is DeepSpeed's affair.
+        return None if self._zero_stage == 3 else digest(self._engine.module.parameters())
 
     def snapshot(self) -> dict[str, Any]:
         self._files.kept.clear()

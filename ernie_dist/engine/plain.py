@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ernie_dist.batch import IGNORED, Batch, MicroBatch
 from ernie_dist.engine.base import ForwardClock, StepResult, always, never
 from ernie_dist.engine.optimizer import ParameterGroups, adamw
+from ernie_dist.engine.replicas import digest
 from ernie_dist.engine.snapshot import HostCopy
 from ernie_dist.spec.errors import CheckpointError, SpecError
 from ernie_dist.spec.training import EngineSpec, OptimizerSpec
@@ -88,6 +89,9 @@ class PlainEngine:
 
     def freeze(self, patterns: Sequence[str]) -> None:
         self._groups.freeze(patterns)
+
+    def replicated_digest(self) -> str | None:
+        return digest(self.model.parameters())
 
     def snapshot(self) -> dict[str, Any]:
         return self._copy({_STATE: {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}})

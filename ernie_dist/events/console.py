@@ -12,6 +12,7 @@ from typing import IO
 
 from ernie_dist.events.event import (
     AttemptStarted,
+    BatchesSkipped,
     CheckpointRefused,
     CheckpointSaved,
     Evaluated,
@@ -24,6 +25,7 @@ from ernie_dist.events.event import (
     Stopped,
     Straggler,
     TimeSpent,
+    UpdateRefused,
 )
 from ernie_dist.events.goodput import PARTS, described
 from ernie_dist.events.wording import cut, display_width, human_bytes, human_count, human_seconds, perplexity_text
@@ -57,6 +59,7 @@ class ConsoleSink:
         self._next_draw = -math.inf
         self._pending: StepFinished | None = None
         self._pace = Pace()
+        self._refused_step: int | None = None
         self._total_batches = 0
         self._total_tokens = 0
         self._cells: list[Evaluated] = []
@@ -97,7 +100,7 @@ class ConsoleSink:
 
     def _step(self, event: StepFinished) -> None:
         self._pace.add(event)
-        if not event.applied:
+        if not event.applied and event.step != self._refused_step:  # of a refusal the reason was told
             self.write_above(f"step {event.step}: the engine skipped the update (loss {event.loss:.4g})")
         self._pending = event
         if self._clock() >= self._next_draw:
@@ -173,6 +176,11 @@ class ConsoleSink:
         if isinstance(event, CheckpointSaved):
             size, waited = human_bytes(event.bytes), event.blocked
             return [f"checkpoint {event.checkpoint}: {size} in {event.seconds:.1f} s, {waited:.1f} s of it waited for"]
+        if isinstance(event, UpdateRefused):
+            self._refused_step = event.step
+            return [f"step {event.step}: the update is refused (batch {event.batch_index}): {event.reason}"]
+        if isinstance(event, BatchesSkipped):
+            return [f"batches {event.first} to {event.end - 1} are skipped from now on: {event.reason}"]
         if isinstance(event, Stopped):
             if event.repeated_steps:
                 return [

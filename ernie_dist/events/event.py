@@ -86,11 +86,37 @@ class StepFinished(Event):
     attempt: int
     batch_hash: str
     applied: bool
-    """False if the engine skipped the update"""
+    """False if the update was refused, or skipped by the engine"""
     slowest_rank: int | None = None
     """every 16 steps, where there are several ranks: who was longest busy by itself"""
     rank_imbalance: float | None = None
     """its busy time over the median of the others'"""
+
+
+@dataclass(frozen=True)
+class UpdateRefused(Event):
+    """A step whose numbers cannot be right: the weights are as they were before it."""
+
+    step: int
+    batch_index: int
+    reason: str
+    loss: float
+    grad_norm: float
+    sequence_ids: list[list[int]]
+    """source number (in the stage's mixture, sorted by name) and number in that source, of each sequence"""
+
+
+@dataclass(frozen=True)
+class BatchesSkipped(Event):
+    """Batches first, ... end - 1 are never trained on: the next attempt goes back to a checkpoint and on after them."""
+
+    first: int
+    end: int
+    step: int
+    """of the first refused update in them"""
+    attempt: int
+    reason: str
+    sequence_ids: list[list[int]]
 
 
 @dataclass(frozen=True)

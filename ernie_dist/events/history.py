@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ernie_dist.spec.errors import RunDirError
+from ernie_dist.spec.run_files import RunFiles
+from ernie_dist.spec.skips import Skips
+
 log = logging.getLogger(__name__)
 
 _NUMBERS = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
@@ -40,9 +44,12 @@ class Replayed:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The steps of a run in order. Of a step written twice the later attempt counts. [] if there is no file."""
+    """The steps of a run in order. Of a step written twice the later attempt counts. [] if there is no file.
+
+    Steps that a run went back behind, to skip their batches, are no steps of it.
+    """
     latest: dict[int, dict[str, Any]] = {}
-    for line in read_all_attempts(path):
+    for line in _counting_lines(path):
         known = latest.get(line["step"])
         if known is None or line["attempt"] >= known["attempt"]:
             latest[line["step"]] = line
@@ -59,6 +66,20 @@ def read_all_attempts(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _counting_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines without the steps that the run went back behind: at the end of a job none take their place."""
+    try:
+        windows = Skips.read(RunFiles(path.parent).skipped_batches).windows
+    except RunDirError as error:
+        log.warning("%s", error)
+        windows = ()
+    return [
+        line
+        for line in read_all_attempts(path)
+        if not any(line["attempt"] <= window.attempt and line["step"] >= window.step for window in windows)
+    ]
+
+
 def read_events(path: Path) -> list[dict[str, Any]]:
     """Every line of events.jsonl, in the order written; "event" names its kind. [] if there is no file."""
     return [line for line in _read_lines(path) if "event" in line]
@@ -70,7 +91,7 @@ def replayed_steps(path: Path) -> list[Replayed]:
     An uninterrupted run has none. Where all are identical, the run went on from its checkpoint exactly.
     """
     attempts: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
-    for line in read_all_attempts(path):
+    for line in _counting_lines(path):
         attempts[line["step"]][line["attempt"]] = line
     found = []
     for step in sorted(attempts):

@@ -128,6 +128,11 @@ class RunSummary:
     """seconds of each part of the wall time"""
     slow: list[SlowRank]
     """ranks that were too slow at some time"""
+    """steps whose update was refused, or skipped by the engine"""
+    refused_updates: list[dict[str, Any]]
+    """UpdateRefused events, the last of each batch, in order"""
+    skipped_batches: list[dict[str, Any]]
+    """BatchesSkipped events"""
 
     @property
     def steps(self) -> int:
@@ -160,11 +165,10 @@ class RunSummary:
     def training_seconds(self) -> float:
         """Time spent in steps; a step executed twice counts once, evaluations and checkpoints do not."""
         seconds = 0.0
-        before = 0
+        tokens = {stage.name: stage.tokens_per_batch for stage in self.job.stages}
         for step in self.metrics:
-            tokens, before = step["consumed_tokens"] - before, step["consumed_tokens"]
             if step["tokens_per_second"] > 0:
-                seconds += tokens / step["tokens_per_second"]
+                seconds += tokens[step["stage"]] / step["tokens_per_second"]
         return seconds
 
     @property
@@ -198,6 +202,8 @@ def collect(run_dir: Path) -> RunSummary:
         slow=slow_ranks(lines, job.spec.watchdog.straggler),
         restarts=[job.consumed_tokens(a.from_step) for a in attempts[1:]],
         skipped_steps=sum(not step.get("applied", True) for step in metrics),
+        refused_updates=_refused_updates(events),
+        skipped_batches=[event for event in events if event["event"] == "BatchesSkipped"],
     )
 
 
@@ -207,6 +213,8 @@ def _evaluations(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for event in events:
         if event["event"] == "Evaluated" and event["loss"] is not None:
             latest[event["step"], event["source"]] = event
+        elif event["event"] == "BatchesSkipped":  # the run went back behind these
+            latest = {key: kept for key, kept in latest.items() if key[0] < event["step"]}
     return sorted(latest.values(), key=lambda event: event["step"])
 
 
@@ -215,6 +223,11 @@ def _held_out(job: ResolvedJob, evaluations: list[dict[str, Any]]) -> dict[str, 
     for event in evaluations:
         curves.setdefault(event["source"], []).append((event["consumed_tokens"], event["loss"]))
     return {name: points for name, points in curves.items() if points}
+
+
+def _refused_updates(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    latest = {event["batch_index"]: event for event in events if event["event"] == "UpdateRefused"}
+    return [latest[index] for index in sorted(latest)]
 
 
 def _matrix(job: ResolvedJob, evaluations: list[dict[str, Any]]) -> list[MatrixRow]:

@@ -35,6 +35,22 @@ class CheckpointWriteError(CheckpointError):
     exit_code = 1
 
 
+class BadNumbersError(ErnieError, ArithmeticError):
+    """Too many updates in a row were refused. The next attempt skips their batches, unless it is final."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
+
+
+class RanksDiffer(ErnieError, RuntimeError):
+    """Ranks that must hold the same parameters do not."""
+
+    exit_code = 1
+
+
 class EnvironmentProblem(ErnieError, RuntimeError):
     """This machine lacks something the job needs."""
 

@@ -124,11 +124,11 @@ class ResolvedJob(Strict):
         stage = self.stage_at(min(batch_index, self.total_batches - 1))
         return stage.first_token + (batch_index - stage.first_batch) * stage.tokens_per_batch
 
-    def crosses(self, interval: Quantity, batch_index: int) -> bool:
-        """Whether a multiple of `interval` was reached by the batch before `batch_index`."""
+    def crosses(self, interval: Quantity, batch_index: int, since: int | None = None) -> bool:
+        """Whether a multiple of `interval` was reached on the way from batch `since` (else the one before)."""
         if batch_index == 0:
             return False
-        before, after = batch_index - 1, batch_index
+        before, after = batch_index - 1 if since is None else since, batch_index
         if interval.unit is Unit.TOKENS:
             before, after = self.consumed_tokens(before), self.consumed_tokens(after)
         return before // int(interval.amount) < after // int(interval.amount)

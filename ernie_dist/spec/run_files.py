@@ -5,6 +5,7 @@ RUN_DIR/
   attempts/0001/       launch.json, one log per rank, error.json, end.json, stacks_rank_00000.txt after a hang
   metrics.jsonl        one line per optimizer step; of a step written twice the later attempt counts
   events.jsonl         everything else that happened
+  skipped_batches.json what was passed over after refused updates; only grows
   checkpoints/step_00000120/
   export/              the model at the end
   report.html  loss_curve.png  wandb/  tensorboard/
@@ -48,6 +49,11 @@ class RunFiles:
     @property
     def events(self) -> Path:
         return self.root / "events.jsonl"
+
+    @property
+    def skipped_batches(self) -> Path:
+        """The batches that are passed over: see spec/skips.py. Missing where there are none."""
+        return self.root / "skipped_batches.json"
 
     @property
     def checkpoints(self) -> Path:

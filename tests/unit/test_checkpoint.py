@@ -340,7 +340,7 @@ def test_a_save_that_fails_leaves_the_one_before_untouched(
     progress = run.progress
     with trouble(run.folder, monkeypatch), pytest.raises(CheckpointWriteError) as raised:
         run.train(2)
-    assert said in str(raised.value) and "before it is untouched" in str(raised.value)
+    assert said in str(raised.value) and "before it are untouched" in str(raised.value)
     assert raised.value.exit_code == 1, "there may be room by the next attempt"
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == contents, "nothing is left"
     again = Run(run.folder)

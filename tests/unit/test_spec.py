@@ -478,6 +478,7 @@ def test_where_a_run_is_follows_from_the_batch_index() -> None:
     every = parse_quantity(f"{3 << 20} tokens", (Unit.TOKENS,))
     assert [batch for batch in range(7) if job.crosses(every, batch)] == [3, 5]
     assert [batch for batch in range(7) if job.crosses(Quantity(2, Unit.STEPS), batch)] == [2, 4, 6]
+    assert [since for since in range(6) if job.crosses(Quantity(4, Unit.STEPS), 6, since)] == [0, 1, 2, 3]
     for batch in (-1, 6):
         with pytest.raises(IndexError):
             job.stage_at(batch)
