@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ class StepResult:
     """False where the update was left out: refused, or skipped by the engine (fp16 overflow)"""
     flagged: bool
     """whether any rank raised its flag"""
-    busy_seconds: float
+    busy_seconds: float = field(compare=False)
     """this rank's forward passes, which wait for no other rank; under ZeRO-3 they do, and all ranks look alike"""
 
 
