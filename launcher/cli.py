@@ -17,6 +17,7 @@ _VERBS = {
     "report": "write report.html and loss_curve.png",
     "export": "write a transformers directory from a run's checkpoint",
     "schema": "print the JSON schema of a job, for editors",
+    "drill": "prove that a job survives: a short version of it, undisturbed and under faults",
     "quickstart": "train a tiny model on generated data, interrupt it, go on, and show the result",
 }
 _EXAMPLES = """examples:
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         name: verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         for name, text in _VERBS.items()
     }
-    for name in ("plan", "prepare", "launch"):
+    for name in ("plan", "prepare", "launch", "drill"):
         at[name].add_argument("job", metavar="JOB", help="a YAML file, or the bare name of a packaged recipe")
         at[name].add_argument(
             "--set", action="append", default=[], dest="overrides", metavar="FIELD=VALUE",
@@ -91,6 +92,15 @@ def _parser() -> argparse.ArgumentParser:
     at["stop"].add_argument("--wait", action="store_true", help="return when the run has stopped")
     at["export"].add_argument("--to", required=True, metavar="DIR", help="folder to write")
     at["export"].add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    drill = at["drill"]
+    drill.add_argument("--rounds", type=_positive, default=20, metavar="N", help="faults, one after another (20)")
+    drill.add_argument(
+        "--faults", metavar="A,B", help="which kinds (default: all that this job allows): kill, kill-in-save, power-off, "
+        "term, freeze, disk, truncate, flip, ranks",
+    )  # fmt: skip
+    drill.add_argument("--seed", type=int, default=0, help="of the order and the moments of the faults (0)")
+    drill.add_argument("--steps", type=_positive, default=60, metavar="N", help="length of the short version (60)")
+    drill.add_argument("--dir", default="drill", metavar="DIR", help="folder to work in (drill)")
     at["quickstart"].add_argument("--dir", default="quickstart", metavar="DIR", help="folder to work in")
     return parser
 

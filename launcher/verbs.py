@@ -119,6 +119,23 @@ def schema(options: Namespace) -> None:
     print(json.dumps(JobSpec.model_json_schema(), indent=1))
 
 
+def drill(options: Namespace) -> int:
+    from launcher import drill as drills
+    from launcher.faults import FAULTS, RANKS
+
+    faults = options.faults.split(",") if options.faults else [*FAULTS, RANKS]
+    return drills.run(
+        find_asset("recipes", options.job, ".yaml"),
+        Path(options.dir),
+        overrides=options.overrides,
+        ranks=options.ranks,
+        rounds=options.rounds,
+        faults=faults,
+        seed=options.seed,
+        steps=options.steps,
+    )
+
+
 def quickstart(options: Namespace) -> int:
     from launcher.quickstart import run
 
