@@ -48,6 +48,13 @@ def ranks(files: RunFiles, attempt: int) -> list[int]:
         return []
 
 
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def events(files: RunFiles, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_events(files.events) if event["event"] == kind]
 
@@ -166,12 +173,18 @@ def test_stops_under_way_leave_in_time_and_never_harm_a_checkpoint(runs):
     assert verify(complete_checkpoints(files.checkpoints)[0]) is None
     assert int(complete_checkpoints(files.checkpoints)[0].name[5:]) > last
 
-    process = runs.start(run, *rarely, ranks=1, restart=True)  # taken over
-    until(process, steps(5, 1))
-    pids = ranks(files, 5)
-    (number,) = (int(path.stem) for path in files.lease.glob("*.json"))
-    other = Holder(number + 1, "token", "n7", "another kernel", 1, "1", attempt=6)
-    (files.lease / f"{number + 1:08d}.json").write_text(json.dumps(asdict(other)))
+
+def test_a_launch_that_was_taken_over_ends_its_ranks_and_says_who_did(runs):
+    run, files = "taken", runs.files("taken")
+    process = runs.start(run, *ENDLESS, ranks=1, restart=True)
+    until(process, lambda: runs.steps_of(run, 1))
+    pids = ranks(files, 1)
+    other = Holder(2, "token", "n7", "another kernel", 1, "1", attempt=2)
+    (files.lease / "00000002.json").write_text(json.dumps(asdict(other)))
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and "n7 (process 1) has taken over this run" in output, output
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    deadline = time.monotonic() + 20
+    while any(lives(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not files.attempt(2).exists() and json.loads((files.lease / "00000002.json").read_text()) == asdict(other)
