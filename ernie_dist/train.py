@@ -92,6 +92,7 @@ class _Attempt:
             self.progress = self.progress.after(batch.sequence_ids)
             self._record(batch, stage, rate, result)
             if refusals.too_many:
+                self._tell_of_saves(wait=True)
                 refusals.go_back()
             if self._evaluation_is_due(stage, since):
                 self._evaluate(stage, at_end=self._has_ended(stage))

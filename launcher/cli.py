@@ -95,8 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     drill = at["drill"]
     drill.add_argument("--rounds", type=_positive, default=20, metavar="N", help="faults, one after another (20)")
     drill.add_argument(
-        "--faults", metavar="A,B", help="which kinds (default: all that this job allows): kill, kill-in-save, power-off, "
-        "term, freeze, disk, truncate, flip, ranks",
+        "--faults", metavar="A,B", help="which kinds (default: all): kill, kill-in-save, power-off, term, freeze, "
+        "disk, truncate, flip, ranks",
     )  # fmt: skip
     drill.add_argument("--seed", type=int, default=0, help="of the order and the moments of the faults (0)")
     drill.add_argument("--steps", type=_positive, default=60, metavar="N", help="length of the short version (60)")

@@ -11,7 +11,8 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,18 +62,22 @@ class Run:
             time.sleep(0.005)
 
     def kill_everything(self) -> None:
-        """As if the machine had lost its power: launcher, torchrun and ranks at once, and none of them can say a word."""
-        for pid in [self.launch.pid, *self.ranks().values()]:
+        """As if the machine had lost its power: launcher, torchrun and ranks at once, none of which can say a word."""
+        ranks = list(self.ranks().values())
+        for pid in [self.launch.pid, *ranks]:
             _signal(pid, signal.SIGKILL)
         self.launch.wait()
-        self.wait_until_gone(self.ranks().values())
+        self.wait_until_gone(ranks)
 
     @staticmethod
-    def wait_until_gone(pids: object, seconds: float = 30.0) -> bool:
+    def wait_until_gone(pids: Iterable[int], seconds: float = 30.0) -> bool:
         """Whether none of the processes is left."""
         import psutil
 
-        left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]  # type: ignore[attr-defined]
+        left = []
+        for pid in pids:
+            with suppress(psutil.NoSuchProcess):
+                left.append(psutil.Process(pid))
         return not psutil.wait_procs(left, timeout=seconds)[1]
 
 
@@ -139,10 +144,8 @@ def _damage(run: Run, spoil: Callable[[Path], None], how: str) -> str:
 
 
 def _signal(pid: int, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        return
 
 
 @dataclass(frozen=True)

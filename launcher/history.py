@@ -27,6 +27,7 @@ class Cause:
     exit_code: int
     message: str = ""
     final: bool = False
+    rewound: bool = False
     log: Path | None = None
     """where to read more"""
 
@@ -52,7 +53,13 @@ def cause(run_dir: RunDir, attempt: int, returncode: int | None) -> Cause:
     if "message" not in ending:
         return Cause(code)
     said = f"{ending['message']} ({ending['kind']} in rank {ending['rank']})" if code == CRASHED else ending["message"]
-    return Cause(code, said, bool(ending.get("final")), files.rank_log(attempt, int(ending["rank"])))
+    return Cause(
+        code,
+        said,
+        final=bool(ending.get("final")),
+        rewound=ending["kind"] == "BadNumbersError",
+        log=files.rank_log(attempt, int(ending["rank"])),
+    )
 
 
 def record_end(run_dir: RunDir, attempt: int, found: Cause) -> AttemptEnd:
@@ -63,6 +70,7 @@ def record_end(run_dir: RunDir, attempt: int, found: Cause) -> AttemptEnd:
         exit_code=found.exit_code,
         message=found.message,
         final=found.final,
+        rewound=found.rewound,
         after_step=_last_step(run_dir, attempt),
         checkpoint_before=int(_read(run_dir.files.attempt(attempt) / "launch.json").get("checkpoint", 0)),
         checkpoint=checkpoint_step(checkpoints[0]) if checkpoints else 0,

@@ -30,6 +30,8 @@ class AttemptEnd:
     """step of the newest complete checkpoint when it was started; 0 without one"""
     checkpoint: int = 0
     """the same, when it had ended"""
+    rewound: bool = False
+    """it ended in order to skip the batches it could not learn from: the next attempt does not meet them"""
     given_up: bool = False
     """the run was given up after it: whoever launches it again begins a new count"""
 
@@ -93,7 +95,7 @@ def _crashes_in_a_row(ends: Sequence[AttemptEnd]) -> list[AttemptEnd]:
 
 def _at_the_same_step(row: Sequence[AttemptEnd]) -> int:
     """How often in a row; an attempt that never got to a step says nothing about one."""
-    steps = [end.after_step for end in row if end.after_step is not None]
-    if row[-1].after_step is None:
+    steps = [end.after_step for end in row if end.after_step is not None and not end.rewound]
+    if row[-1].after_step is None or row[-1].rewound:
         return 0
     return sum(1 for _ in takewhile(lambda step: step == steps[-1], reversed(steps)))
