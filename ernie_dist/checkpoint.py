@@ -37,7 +37,7 @@ from ernie_dist.world import World
 log = logging.getLogger(__name__)
 _ENGINE = "engine"
 _ASIDE, _CONVERTED, _BAD = ".tmp", ".universal", ".bad"
-_NICENESS = 10
+_NICENESS = 19
 """of the thread that writes: where ranks compute on the CPU, theirs is the right of way"""
 
 
