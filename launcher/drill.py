@@ -72,6 +72,7 @@ class Drill:
         per_stage = max(4, steps // len(spec.curriculum))
         self._total = per_stage * len(spec.curriculum)
         short = [f"curriculum.{number}.duration={per_stage} steps" for number in range(len(spec.curriculum))]
+        short += [f"sources.{name}.repeat=true" for name in spec.sources]  # as many steps as were asked for
         own = ["checkpoint.every=4 steps", "checkpoint.keep_last=3", "evaluate.max_tokens=1K", "track.wandb=null"]
         patient = ["restarts.wait=1s", "restarts.max=1000", "restarts.same_step=1000", "watchdog.step=15s"]
         self._sets = [word for one in (*overrides, *short, *own, *patient) for word in ("--set", one)]
