@@ -38,10 +38,10 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP) ## train, interrupt, resume and question a tiny ERNIE on this machine: minutes, no network
 	$(ACTIVE) $(BIN)/ernie quickstart
 
-test: $(STAMP) ## the tests that any machine can run
-	$(ACTIVE) $(BIN)/pytest -m "not cluster and not browser"
+test: $(STAMP) ## the tests that any machine can run, in a quarter of an hour
+	$(ACTIVE) $(BIN)/pytest -m "not faults and not cluster and not browser"
 
-test-all: $(STAMP) ## also those that start a cluster or a browser
+test-all: $(STAMP) ## also those that kill and freeze runs, and those that start a cluster or a browser
 	$(ACTIVE) $(BIN)/pytest
 
 check: check-style check-types check-layers check-shell ## style, types, layers, shell scripts (-k: all of them)
@@ -64,7 +64,7 @@ format: $(STAMP) ## put the code into the one layout, and mend what can be mende
 	$(BIN)/ruff format
 
 bench: $(STAMP) ## every benchmark, one after another
-	@set -e; for name in prepare loader resume overhead trainer; do \
+	@set -e; for name in prepare loader resume save overhead trainer; do \
 		echo "== $$name"; $(ACTIVE) $(BIN)/python -m benchmarks.$$name; done
 
 clean: ## remove the environment, caches and build output (runs and prepared data stay)

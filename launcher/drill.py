@@ -160,7 +160,7 @@ class Drill:
         ]
         if name in ("truncate", "flip"):
             happened += f", {refused[-1]} refused" if refused else ", NOTHING REFUSED"
-        same = [self._same(line, exact=exact) for line in lines]
+        same = [equal(line, self._curve[line["step"]], exact=exact) for line in lines]
         return Row(
             round=number,
             fault=name,
@@ -174,12 +174,6 @@ class Drill:
             loss_equal=all(loss for loss, _ in same),
             order_equal=all(order for _, order in same),
         )
-
-    def _same(self, line: dict[str, Any], *, exact: bool) -> tuple[bool, bool]:
-        expected = self._curve[line["step"]]
-        off = abs(line["loss"] - expected["loss"])
-        loss = off == 0 if exact else off <= _TOLERANCE * abs(expected["loss"])
-        return loss, line["batch_hash"] == expected["batch_hash"]
 
     def _wait_for_steps(self, run: Run, steps: int, *, after: int = 0) -> int:
         """Waits until an attempt later than `after` has done so many steps; its number. Raises Missed at the end."""
@@ -206,7 +200,11 @@ class Drill:
             return
         code = run.launch.wait(timeout=_PATIENCE)
         last = max(_lines(run.files), key=lambda line: (line["step"], line["attempt"]))
-        if code != FINISHED or last["step"] != self._total or self._same(last, exact=True) != (True, True):
+        if (
+            code != FINISHED
+            or last["step"] != self._total
+            or equal(last, self._curve[last["step"]], exact=True) != (True, True)
+        ):
             raise EnvironmentProblem(
                 f"{run.files.root}: ended with exit code {code} at step {last['step']}, not as expected"
             )
@@ -225,6 +223,13 @@ class Drill:
     def _next(self) -> int:
         self._number += 1
         return self._number
+
+
+def equal(line: dict[str, Any], expected: dict[str, Any], *, exact: bool) -> tuple[bool, bool]:
+    """Whether two lines of metrics.jsonl agree: in loss, to the last bit or nearly; in all data up to there."""
+    off = abs(line["loss"] - expected["loss"])
+    loss = off == 0 if exact else off <= _TOLERANCE * abs(expected["loss"])
+    return loss, line["batch_hash"] == expected["batch_hash"]
 
 
 def run(

@@ -22,7 +22,7 @@ from ernie_dist.spec.run_files import RunFiles, complete_checkpoints
 from launcher.quickstart_data import write_data
 from launcher.run_dir import RunDir
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]  # seven starts in one test
+pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 HERE = Path(__file__).parent
 LONE_NAN, LONE_SPIKE = 5, 16
 BORDER, END = range(9, 11), range(20, 22)

@@ -10,7 +10,7 @@ import pytest
 from ernie_dist.events.history import read_events, read_metrics
 from ernie_dist.trusted_files import entry
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 
 LEGS = ((2, "zero2"), (1, "zero2"), (4, "zero2_offload"), (2, "zero3"), (2, "zero1"))
 

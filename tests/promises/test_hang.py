@@ -23,7 +23,7 @@ from ernie_dist.spec.run_files import RunFiles
 from launcher.node import node_environment
 from launcher.run_dir import RunDir
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 LIMIT, REACTION = 6.0, 30.0
 WATCHED = (f"watchdog.step={LIMIT:.0f}s", "watchdog.start=3m", "watchdog.save=1m", "restarts.max=0")
 

@@ -22,7 +22,7 @@ from launcher import history
 from launcher.cli import main
 from launcher.run_dir import RunDir
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.faults]
 
 ALONE = ("engine.kind=plain", "restarts.wait=0s")
 ENDLESS = (*ALONE, "sources.stories.repeat=true", "curriculum.general.duration=1000000 steps")
