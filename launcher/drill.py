@@ -68,7 +68,7 @@ class Drill:
         spec = load_job(job, overrides, ranks=ranks)
         self._folder, self._chance = folder, random.Random(seed)
         self._ranks = ranks or spec.resources.world_size
-        self._others = [count for count in _possible(spec) if count not in (self._ranks, 0)]
+        self.others = [count for count in _possible(spec) if count != self._ranks]
         per_stage = max(4, steps // len(spec.curriculum))
         self._total = per_stage * len(spec.curriculum)
         short = [f"curriculum.{number}.duration={per_stage} steps" for number in range(len(spec.curriculum))]
@@ -81,10 +81,17 @@ class Drill:
 
     def reference(self) -> None:
         """The run that nothing happens to. Raises EnvironmentProblem if it does not finish."""
-        run = self._launch("reference", self._ranks)
+        run = self._run = self._launch("reference", self._ranks)
         if run.launch.wait() != FINISHED:
             raise EnvironmentProblem(f"the job does not even finish undisturbed; see {self._log('reference')}")
+        self._run = None
         self._curve = {line["step"]: line for line in _lines(run.files)}
+
+    def close(self) -> None:
+        """Ends what is still running."""
+        if self._run is not None:
+            self._run.kill_everything()
+        self._run = None
 
     def rounds(self, count: int, faults: Sequence[str]) -> Iterator[Row]:
         """One fault after another, each kind as often as any other, in random order."""
@@ -122,17 +129,18 @@ class Drill:
 
     def _other_ranks(self, number: int) -> Row:
         """Stops a run, goes on with other ranks, and comes back to its own number."""
-        run = self._launch(f"ranks_{self._next():03d}", self._ranks)
-        there = self._chance.choice(self._others)
+        self.close()  # the run so far was good at every step; after other ranks no run is equal to the last bit
+        name, there = f"ranks_{self._next():03d}", self._chance.choice(self.others)
+        run = self._run = self._launch(name, self._ranks)
         for ranks in (there, self._ranks):
             attempt, before = self._wait_for_steps(run, self._chance.randint(2, 5)), run.ranks()
             run.launch.send_signal(signal.SIGTERM)
             begun = time.time()
             run.launch.wait(timeout=_PATIENCE)
-            run = self._launch(run.files.root.name, ranks)
+            run = self._run = self._launch(name, ranks)
             hit = f"{self._ranks} -> {there} -> {self._ranks} ranks"
             row = self._row(number, RANKS, hit, "launched with other ranks", run, attempt, begun, before, exact=False)
-        run.kill_everything()
+        self.close()
         return row
 
     def _row(
@@ -239,28 +247,31 @@ def run(
     overrides: Sequence[str],
     ranks: int | None,
     rounds: int,
-    faults: Sequence[str],
+    faults: Sequence[str] | None,
     seed: int,
     steps: int,
 ) -> int:
     """Returns 0 if every row is equal, 1 otherwise. The rows are kept in drill.json and drill.md, as they come."""
-    if unknown := set(faults) - {*FAULTS, RANKS}:
-        raise SpecError(f"--faults: {', '.join(sorted(unknown))}: unknown; choose from {', '.join([*FAULTS, RANKS])}")
-    _make_room(folder)
     drill = Drill(job, folder, overrides, ranks, steps, seed)
+    possible = [*FAULTS, *([RANKS] if drill.others else [])]
+    faults = faults or possible
+    if unknown := set(faults) - set(possible):
+        raise SpecError(f"--faults: {', '.join(sorted(unknown))}: not for this job; choose from {', '.join(possible)}")
+    _make_room(folder)
     print(f"drill: the undisturbed run first, then {rounds} rounds of {', '.join(faults)}; seed {seed}", flush=True)
     begun, rows = time.monotonic(), []
-    drill.reference()
-    print(f"undisturbed: finished in {time.monotonic() - begun:.0f} s", flush=True)
-    for row in drill.rounds(rounds, faults):
-        rows.append(row)
-        verdict = "equal" if row.passed else "NOT EQUAL"
-        print(
-            f"{row.round}/{rounds} {row.fault}: {row.hit}; stepping again after {row.seconds:.1f} s, {verdict}",
-            flush=True,
-        )
-        (folder / "drill.json").write_text(json.dumps([asdict(one) for one in rows], indent=1), encoding="utf-8")
-        (folder / "drill.md").write_text(markdown(rows), encoding="utf-8")
+    try:
+        drill.reference()
+        print(f"undisturbed: finished in {time.monotonic() - begun:.0f} s", flush=True)
+        for row in drill.rounds(rounds, faults):
+            rows.append(row)
+            verdict = "equal" if row.passed else "NOT EQUAL"
+            told = f"{row.round}/{rounds} {row.fault}: {row.hit}; stepping again after {row.seconds:.1f} s"
+            print(f"{told}, {verdict}", flush=True)
+            (folder / "drill.json").write_text(json.dumps([asdict(one) for one in rows], indent=1), encoding="utf-8")
+            (folder / "drill.md").write_text(markdown(rows), encoding="utf-8")
+    finally:
+        drill.close()
     print("\n" + "\n".join(table([_HEAD, *map(_cells, rows)])))
     failed = sum(not row.passed for row in rows)
     slowest = max(rows, key=lambda row: row.seconds)

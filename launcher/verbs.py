@@ -121,16 +121,14 @@ def schema(options: Namespace) -> None:
 
 def drill(options: Namespace) -> int:
     from launcher import drill as drills
-    from launcher.faults import FAULTS, RANKS
 
-    faults = options.faults.split(",") if options.faults else [*FAULTS, RANKS]
     return drills.run(
         find_asset("recipes", options.job, ".yaml"),
         Path(options.dir),
         overrides=options.overrides,
         ranks=options.ranks,
         rounds=options.rounds,
-        faults=faults,
+        faults=options.faults.split(",") if options.faults else None,
         seed=options.seed,
         steps=options.steps,
     )
