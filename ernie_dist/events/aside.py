@@ -24,9 +24,7 @@ class Aside:
     Where it fails or falls behind by `queue_events`, events are dropped and counted, and one warning says so.
     """
 
-    def __init__(
-        self, sink: Sink, *, queue_events: int = QUEUE_EVENTS, close_seconds: float = CLOSE_SECONDS
-    ) -> None:
+    def __init__(self, sink: Sink, *, queue_events: int = QUEUE_EVENTS, close_seconds: float = CLOSE_SECONDS) -> None:
         self._sink, self._name, self._close_seconds = sink, type(sink).__name__, close_seconds
         self._queue: queue.Queue[Event | None] = queue.Queue(maxsize=queue_events)
         self._dropped = 0

@@ -201,9 +201,7 @@ def test_stand_in_service_away_at_the_start_blocks_nothing_and_loses_nothing(fil
     back = StandIn()
     Attempt(files, back.url, "online", 2, 16, 25).finish()
     assert back.steps == list(range(1, 26))  # it gets also what it missed
-    assert synced(files).steps == list(
-        range(1, 26)
-    )  # from the second attempt's file alone
+    assert synced(files).steps == list(range(1, 26))  # from the second attempt's file alone
     back.close()
 
 
