@@ -9,9 +9,12 @@ from typing import Any
 _KEY = re.compile(
     r"wandb_v\d_\w{16,}|\bhf_[A-Za-z0-9]{16,}|\b(ghp|gho|ghs|github_pat)_\w{16,}|\bsk-[\w-]{20,}|\bAKIA[0-9A-Z]{16}\b"
 )
-_OLD_WANDB_KEY = re.compile(r"\b[0-9a-f]{40}\b")
+_OLD_WANDB_KEY = re.compile(r"[0-9a-f]{40}")
+"""a commit looks the same"""
 _PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
-_SECRET_VARIABLE = re.compile(r"\$\{?\w*(API_KEY|TOKEN|PASSWORD|SECRET)", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"\$\{?\w*(KEY|TOKEN|PASSWORD|SECRET)(?!\w)", re.IGNORECASE)
+_EXPANDED = re.compile(r"(^|\.)(from_pretrained|config|tokenizer|dataset|path(\.\d+)?)$")
+"""fields in which variables are replaced by their values"""
 
 
 def secrets_in(raw: Any, where: str = "") -> Iterator[tuple[str, str]]:
@@ -25,7 +28,7 @@ def secrets_in(raw: Any, where: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(raw, str):
         if _PASSWORD_IN_URL.search(raw):
             yield where, "an address with a password in it"
-        elif _SECRET_VARIABLE.search(raw) and not where.endswith(".text"):
+        elif _EXPANDED.search(where) and _SECRET_VARIABLE.search(raw):
             yield where, "a variable that holds a secret"
-        elif _KEY.search(raw) or (_OLD_WANDB_KEY.search(raw) and not where.endswith("revision")):
+        elif _KEY.search(raw) or (_OLD_WANDB_KEY.fullmatch(raw) and not where.endswith("revision")):
             yield where, "a key"

@@ -17,7 +17,7 @@ from launcher.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ("README.md", "README.zh.md")
-PAGES = (*READMES, "CONTRIBUTING.md", "docs/architecture.md", "docs/jobs.md", "docs/data.md")
+PAGES = (*READMES, "CONTRIBUTING.md", "docs/architecture.md", "docs/jobs.md", "docs/data.md", "docs/security.md")
 EXAMPLE = "job.yaml"
 """the job that a README shows in full; commands in it name it as a file"""
 

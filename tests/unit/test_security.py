@@ -106,5 +106,6 @@ def test_secret_in_a_job_is_refused_without_showing_it(tmp_path, field):
 def test_what_only_resembles_a_secret_is_none(tmp_path):
     job = {**JOB, "model": {"from_pretrained": "baidu/ERNIE-4.5-0.3B-PT", "revision": "0123456789" * 4}}
     job["sources"] = {"stories": {"path": "$DATA/hf_stories.jsonl", "text": "{a}: $TOKEN"}}
+    job["tokenizer"] = "$ERNIE_TOKENIZER/snapshots/" + "0123456789" * 4
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job), encoding="utf-8")
     assert load_job(tmp_path / "job.yaml").model.revision == "0123456789" * 4
