@@ -78,7 +78,7 @@ class StandIn:
 
     def __init__(self, history: dict[int, dict] | None = None) -> None:
         self.history = history or {}
-        self.seen = threading.Event()
+        self.seen, self.silent, self._over = threading.Event(), threading.Event(), threading.Event()
         stand_in = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -86,6 +86,8 @@ class StandIn:
 
             def do_POST(self) -> None:
                 raw = self.rfile.read(int(self.headers["Content-Length"]))
+                if stand_in.silent.is_set():
+                    stand_in._over.wait()
                 body = json.loads(gzip.decompress(raw) if self.headers.get("Content-Encoding") == "gzip" else raw)
                 self.answer(stand_in.graphql(body) if "query" in body else stand_in.file_stream(body))
 
@@ -116,6 +118,7 @@ class StandIn:
 
     def close(self) -> None:
         """From now on connections are refused."""
+        self._over.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -205,11 +208,12 @@ def test_stand_in_service_away_at_the_start_blocks_nothing_and_loses_nothing(fil
     back.close()
 
 
-def test_stand_in_service_that_dies_in_the_middle_is_told_the_rest_later(files):
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_stand_in_service_that_dies_or_hangs_in_the_middle_is_told_the_rest_later(files, how):
     service = StandIn()
     attempt = Attempt(files, service.url, "online", 1, 0, 20)
     assert service.seen.wait(20)
-    service.close()
+    service.close() if how == "dies" else service.silent.set()
     seconds, said = attempt.finish()
     assert attempt.emitting < 1 and seconds < 20
     assert "wandb sync" in said
