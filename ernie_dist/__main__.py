@@ -51,7 +51,7 @@ def _take_over_output(path: Path) -> IO[str]:
     """Points this process's output, C libraries' included, at its log. Returns the stdout it had before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     console = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

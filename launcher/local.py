@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from ernie_dist.spec.orphan import die_with_parent
 from launcher.base import Attempt
@@ -29,7 +30,7 @@ class LocalLauncher:
         folder = run_dir.files.attempt(attempt.number)
         (folder / "launch.sh").write_text(self.render(attempt), encoding="utf-8")
         ranks = attempt.resources.gpus_per_node
-        with (folder / "node_0000.log").open("wb") as log:
+        with open(folder / "node_0000.log", "wb", opener=partial(os.open, mode=0o600)) as log:
             process = subprocess.Popen(
                 node_command(attempt.run_dir, attempt.number, Nodes(1, ranks)),
                 env={**os.environ, **node_environment(ranks, attempt.deadline)},

@@ -74,7 +74,8 @@ class RunDir:
         """Makes the next attempt's folder, with launch.json and a copy of job.json in it. Returns its number."""
         number = 1 + self.last_attempt()
         folder = self.files.attempt(number)
-        folder.mkdir(parents=True)  # fails if somebody else has just made it
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)  # logs may show more than others should read; fails if somebody has just made it
         (folder / "job.json").write_bytes(self.files.job.read_bytes())
         newest = complete_checkpoints(self.files.checkpoints)[:1]
         content = {

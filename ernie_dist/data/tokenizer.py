@@ -96,7 +96,7 @@ def publish_pretrained(name: str, root: Path) -> PublishedTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)  # not given, transformers may ask
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise DataError(

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from ernie_dist.spec.errors import RecordNotKept
+
 log = logging.getLogger(__name__)
 
 
@@ -226,7 +228,10 @@ class Sink(Protocol):
 
 
 class EventBus:
-    """Hands events to sinks. A sink that fails is reported once and left out: it never stops training."""
+    """Hands events to sinks. A sink that fails is reported once and left out: it never stops training.
+
+    Except for RecordNotKept: without its own record a run does not go on.
+    """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = list(sinks)
@@ -242,6 +247,8 @@ class EventBus:
     def _guarded(self, sink: Sink, action: Any, *arguments: Any) -> None:
         try:
             action(*arguments)
+        except RecordNotKept:
+            raise
         except Exception:
             log.exception("%s failed and is left out from now on", type(sink).__name__)
             self._sinks.remove(sink)

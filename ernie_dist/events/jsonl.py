@@ -6,23 +6,33 @@ These two files are the truth about a run; what other trackers show is a copy.
 from __future__ import annotations
 
 import json
+import logging
 import math
+from collections import deque
 from pathlib import Path
 from typing import IO, Any
 
 from ernie_dist.events.event import Event, StepFinished
+from ernie_dist.spec.errors import RecordNotKept
 from ernie_dist.spec.run_files import RunFiles
+
+log = logging.getLogger(__name__)
+
+MOST_WAITING = 64 << 20
+"""bytes, about 150,000 steps"""
 
 
 class JsonlSink:
     """Appends each event as one JSON line and hands it to the operating system at once.
 
-    JSON has no NaN and no infinity: such a number is written as null and read back as NaN.
+    JSON has no NaN and no infinity: such a number is written as null and read back as NaN. What a full disk does not
+    take waits in memory and is written, in order, as soon as there is room; RecordNotKept once that is `most_waiting`
+    bytes.
     """
 
-    def __init__(self, files: RunFiles) -> None:
-        self._metrics = open_for_appending(files.metrics)
-        self._events = open_for_appending(files.events)
+    def __init__(self, files: RunFiles, *, most_waiting: int = MOST_WAITING) -> None:
+        self._metrics = _Lines(files.metrics, most_waiting)
+        self._events = _Lines(files.events, most_waiting)
 
     def handle(self, event: Event) -> None:
         if isinstance(event, StepFinished):
@@ -36,6 +46,60 @@ class JsonlSink:
     def close(self) -> None:
         self._metrics.close()
         self._events.close()
+
+
+class _Lines:
+    """A file of lines, and those it could not take yet."""
+
+    def __init__(self, path: Path, most_waiting: int) -> None:
+        self._path, self._most = path, most_waiting
+        self._file = open_for_appending(path)
+        self._waiting: deque[bytes] = deque()  # the first one may be the rest of a line
+        self._bytes = 0
+
+    def write(self, line: bytes) -> None:
+        had_room = not self._waiting
+        self._waiting.append(line)
+        self._bytes += len(line)
+        problem = self._flush()
+        if problem is None:
+            if not had_room:
+                log.warning("%s can be written again; nothing of it is missing", self._path)
+            return
+        if had_room:
+            log.warning(
+                "%s cannot be written (%s); its lines wait in memory: free some space", self._path, problem.strerror
+            )
+        if self._bytes > self._most:
+            raise RecordNotKept(
+                f"{self._path} could not be written for {len(self._waiting):,} lines ({problem.strerror}), and without "
+                "its record the run does not go on; free some space and launch again"
+            )
+
+    def close(self) -> None:
+        problem = self._flush()
+        if problem is not None:
+            log.error(
+                "%s: its last %d lines are lost: it could not be written (%s)",
+                self._path,
+                len(self._waiting),
+                problem.strerror,
+            )
+        self._file.close()
+
+    def _flush(self) -> OSError | None:
+        while self._waiting:
+            line = self._waiting[0]
+            try:
+                taken = self._file.write(line)  # of an almost full disk: what still fits
+            except OSError as error:
+                return error
+            self._bytes -= taken
+            if taken < len(line):
+                self._waiting[0] = line[taken:]
+            else:
+                self._waiting.popleft()
+        return None
 
 
 def to_line(values: dict[str, Any]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import IO
 
+from ernie_dist.events.aside import Aside
 from ernie_dist.events.console import ConsoleSink
 from ernie_dist.events.event import Sink
 from ernie_dist.events.jsonl import JsonlSink
@@ -18,7 +19,7 @@ def build_sinks(job: ResolvedJob, files: RunFiles, stream: IO[str]) -> list[Sink
     if track.tensorboard:
         from ernie_dist.events.tensorboard import TensorboardSink
 
-        sinks.append(TensorboardSink(files.tensorboard))
+        sinks.append(Aside(TensorboardSink(files.tensorboard)))
     if track.wandb is not None:
         from ernie_dist.events.wandb import WandbSink
 

@@ -26,16 +26,20 @@ def build_model(
     """
     torch.manual_seed(seed)
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "dtype": torch.float32}
+    options["trust_remote_code"] = False  # not given, transformers asks at the terminal whether to run what it found
     try:
         if spec.from_pretrained:
-            model = AutoModelForCausalLM.from_pretrained(spec.from_pretrained, revision=spec.revision, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                spec.from_pretrained, revision=spec.revision, use_safetensors=True, **options
+            )
         else:
             values = config_values(spec, vocab_size)
             assert values is not None
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), **options)
     except (OSError, ValueError, TypeError) as error:
         origin = spec.from_pretrained or spec.config or spec.preset
-        raise SpecError(f"model {origin}: cannot be built: {str(error).strip().splitlines()[0]}") from error
+        hint = "; weights are read from safetensors only" if spec.from_pretrained else ""
+        raise SpecError(f"model {origin}: cannot be built: {str(error).strip().splitlines()[0]}{hint}") from error
     rows = model.get_input_embeddings().num_embeddings
     if rows < vocab_size:
         raise SpecError(

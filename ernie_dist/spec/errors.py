@@ -35,6 +35,12 @@ class CheckpointWriteError(CheckpointError):
     exit_code = 1
 
 
+class RecordNotKept(ErnieError, RuntimeError):
+    """metrics.jsonl or events.jsonl could not be written for too long."""
+
+    exit_code = 1
+
+
 class BadNumbersError(ErnieError, ArithmeticError):
     """Too many updates in a row were refused. The next attempt skips their batches, unless it is final."""
 

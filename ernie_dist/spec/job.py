@@ -24,6 +24,7 @@ from ernie_dist.spec.problems import Problem, from_pydantic, refuse, suggest
 from ernie_dist.spec.quantity import Count
 from ernie_dist.spec.resilience import BadNumbersSpec, RestartSpec, WatchdogSpec
 from ernie_dist.spec.resources import ResourcesSpec
+from ernie_dist.spec.secrets import secrets_in
 from ernie_dist.spec.shape import config_values
 from ernie_dist.spec.strict import Strict
 from ernie_dist.spec.training import (
@@ -80,6 +81,12 @@ class JobSpec(Strict):
         return tuple(sorted({stage.sequence_length for stage in self.curriculum if source in stage.mixture}))
 
 
+_SECRET = (
+    "this looks like {}, and a job is copied to where others can read it: take it out, and give it as an environment "
+    "variable (WANDB_API_KEY, HF_TOKEN) or with `wandb login`, `hf auth login`"
+)
+
+
 def load_job(path: Path, overrides: Sequence[str] = (), *, ranks: int | None = None) -> JobSpec:
     """Reads a YAML job, applies `a.b=c` overrides and checks everything that can be checked without the data.
 
@@ -89,6 +96,9 @@ def load_job(path: Path, overrides: Sequence[str] = (), *, ranks: int | None = N
     origin = path.name + (f" with --set {' '.join(overrides)}" if overrides else "")
     for override in overrides:
         _apply_override(raw, override)
+    found = [Problem(where, _SECRET.format(kind)) for where, kind in secrets_in(raw)]
+    if found:
+        raise refuse(path.name, found)  # without what was given with --set
     resources = raw.get("resources") or {}
     if ranks is not None and isinstance(resources, dict):
         raw["resources"] = {**resources, "nodes": 1, "gpus_per_node": ranks}

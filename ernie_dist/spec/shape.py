@@ -157,6 +157,7 @@ def config_values(spec: ModelSpec, vocab_size: int | None = None) -> dict[str, A
     if spec.from_pretrained:
         local = Path(spec.from_pretrained) / "config.json"
         if local.is_file():
+            _refuse_pickles(local.parent)
             return _read_config(local)
         known = [PRESETS[preset] for mark, preset in _PUBLISHED.items() if f"ERNIE-4.5-{mark}" in spec.from_pretrained]
         return known[0] if known else None
@@ -175,6 +176,20 @@ def config_values(spec: ModelSpec, vocab_size: int | None = None) -> dict[str, A
                 f"set model.override.vocab_size to at least {vocab_size}"
             )
     return values
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Weights from elsewhere are data, not programs. Raises SpecError if there are none of that kind."""
+    if any(folder.glob("*.safetensors")):
+        return
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+    if others:
+        raise SpecError(
+            f"model.from_pretrained = {folder}: holds weights only as {others[0]}, which can run any code when it is "
+            "read; give model.safetensors: where you trust the file, load it with transformers and call "
+            "save_pretrained, on a machine that holds nothing of value, or take a revision that has safetensors"
+        )
+    raise SpecError(f"model.from_pretrained = {folder}: holds no weights; a model.safetensors has to be there")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

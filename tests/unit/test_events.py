@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -11,11 +12,14 @@ import sys
 import threading
 import time
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from ernie_dist.events.aside import Aside
 from ernie_dist.events.console import ConsoleSink
 from ernie_dist.events.event import (
     AttemptStarted,
@@ -33,6 +37,7 @@ from ernie_dist.events.history import read_all_attempts, read_events, read_metri
 from ernie_dist.events.jsonl import JsonlSink
 from ernie_dist.events.wandb import WandbSink
 from ernie_dist.events.wording import cut, display_width, human_bytes, human_count, human_seconds, perplexity_text
+from ernie_dist.spec.errors import RecordNotKept
 from ernie_dist.spec.run_files import RunFiles
 from ernie_dist.spec.training import WandbSpec
 
@@ -121,6 +126,46 @@ def test_a_long_torn_line_is_found(files):
         file.write(b'{"step": 2, "stage": "' + b"x" * 200_000)
     record(files, finished_step(2))
     assert [line["step"] for line in read_metrics(files.metrics)] == [1, 2]
+
+
+@contextmanager
+def full_disk(path: Path, room: int) -> Iterator[None]:
+    """No file can grow past the size of `path` and `room` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_delays_the_record_and_costs_no_line_of_it(files, caplog):
+    sink = JsonlSink(files)
+    bus = EventBus([sink])
+    for step in range(1, 2001):
+        bus.emit(finished_step(step))
+    with full_disk(files.metrics, room=500):  # a line and a half
+        for step in range(2001, 2021):
+            bus.emit(finished_step(step))
+        assert not files.metrics.read_bytes().endswith(b"\n")
+    bus.emit(finished_step(2021))
+    assert [line["step"] for line in read_all_attempts(files.metrics)] == list(range(1, 2022))
+    assert caplog.text.count("wait in memory") == 1 and caplog.text.count("nothing of it is missing") == 1
+    bus.close()
+
+
+def test_disk_full_for_too_long_ends_the_run_and_says_so(files, caplog):
+    bus = EventBus([JsonlSink(files, most_waiting=10_000)])
+    for step in range(1, 2001):
+        bus.emit(finished_step(step))
+    with full_disk(files.metrics, room=10):
+        with pytest.raises(RecordNotKept, match="free some space and launch again") as raised:
+            for step in range(2001, 2101):
+                bus.emit(finished_step(step))
+        bus.close()
+    assert raised.value.exit_code == 1 and "lines are lost" in caplog.text
+    record(files, finished_step(2001, attempt=2))
+    assert [line["step"] for line in read_all_attempts(files.metrics)] == list(range(1, 2002))
 
 
 def test_killed_while_writing_every_line_but_the_last_is_there(files):
@@ -268,6 +313,47 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     assert {"optim/lr", "optim/grad_norm", "perf/tokens_per_second"} <= set(read.Tags()["scalars"])
 
 
+class Stuck:
+    """A sink that hangs in its first event, as a file of a dead server does."""
+
+    def __init__(self) -> None:
+        self.released, self.seen = threading.Event(), []
+
+    def handle(self, event: Event) -> None:
+        self.released.wait()
+        self.seen.append(event)
+
+    def close(self) -> None:
+        pass
+
+
+def test_sink_that_hangs_holds_nobody_up(caplog):
+    stuck = Stuck()
+    bus = EventBus([Aside(stuck, queue_events=100, close_seconds=0.4)])
+    begin = time.perf_counter()
+    for step in range(1, 1001):
+        bus.emit(finished_step(step))
+    bus.close()
+    assert time.perf_counter() - begin < 2
+    assert caplog.text.count("Stuck does not keep up") == 1 and "is left behind" in caplog.text
+    stuck.released.set()
+
+
+def test_sink_aside_gets_every_event_in_order_and_its_failure_is_told_once(caplog):
+    class Fails(Stuck):
+        def close(self) -> None:
+            raise OSError("the disk is gone")
+
+    fails = Fails()
+    fails.released.set()
+    bus = EventBus([Aside(fails)])
+    for step in range(1, 1001):
+        bus.emit(finished_step(step))
+    bus.close()
+    assert [event.step for event in fails.seen] == list(range(1, 1001))
+    assert caplog.text.count("Fails failed and is left out") == 1
+
+
 # ---- W&B -------------------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +366,7 @@ class FakeRun:
     """Notes what it is given; `on_log` may misbehave."""
 
     starting_step = 0
+    dir = "run/wandb/offline-run-1/files"
 
     def __init__(self, on_log=lambda: None):
         self.points, self.summary, self.config, self.on_log = [], {}, {}, on_log
@@ -430,7 +517,7 @@ def test_real_wandb_offline_is_one_run_over_two_attempts(files):
     first, second = (read_wandb(log) for log in logs)
     assert first["id"] == second["id"] == run_id and first["config"]["seed"] == 17
     assert [step for step, point in first["points"] if "train/loss" in point] == list(range(1, 8))
-    assert [step for step, point in second["points"] if "train/loss" in point] == list(range(5, 10))
+    assert [step for step, point in second["points"] if "train/loss" in point] == [8, 9]  # 5 to 7 are in the first
     assert dict(second["points"])[9]["train/loss"] == finished_step(9).loss
     assert dict(second["points"])[9]["eval/law/loss"] == 2.0
     assert second["summary"]["checkpoint/last"].endswith("checkpoints/step_00000009")
