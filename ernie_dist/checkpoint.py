@@ -20,18 +20,27 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ernie_dist.engine.base import Engine
-from ernie_dist.engine.select import convert
+from ernie_dist.engine.select import convert, refuse_code
 from ernie_dist.progress import Progress
-from ernie_dist.spec.errors import CheckpointError, CheckpointWriteError, ErnieError
+from ernie_dist.spec.errors import CheckpointError, CheckpointReadError, CheckpointWriteError, ErnieError
 from ernie_dist.spec.layout import EngineLayout
 from ernie_dist.spec.resolve import ResolvedJob
 from ernie_dist.spec.run_files import PROGRESS, complete_checkpoints, read_state
-from ernie_dist.trusted_files import complete, difference, entry, publish, read_manifest, write_state, write_text
+from ernie_dist.trusted_files import (
+    UNREAD,
+    complete,
+    difference,
+    entry,
+    publish,
+    read_manifest,
+    write_state,
+    write_text,
+)
 from ernie_dist.world import World
 
 log = logging.getLogger(__name__)
@@ -82,6 +91,9 @@ class CheckpointStore:
         self._saved: list[Saved] = []
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
+            before_publishing()
+            for leftover in folder.glob(f"step_*{_ASIDE}"):  # of a save that was killed: it takes up room
+                shutil.rmtree(leftover)
         world.barrier()
 
     def due(self, progress: Progress, since: int | None = None) -> bool:
@@ -94,16 +106,18 @@ class CheckpointStore:
         `extra` is small, JSON, and given back by `restore`. Raises CheckpointWriteError on every rank if the save
         before it failed on any.
         """
-        begun = time.monotonic()
+        called = time.monotonic()
         self._wait()
+        begun = time.monotonic()
         files = engine.snapshot()
-        blocked = time.monotonic() - begun
+        blocked = time.monotonic() - called
+        layout = replace(self.job.layout(self._world.size), precision=engine.precision)
         future: Future[Saved] = Future()
 
         def write() -> None:
             try:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-                folder, size = self._commit(files, progress, dict(extra or {}))
+                folder, size = self._commit(files, layout, progress, dict(extra or {}))
                 future.set_result(Saved(folder, progress.step, size, time.monotonic() - begun, blocked))
             except BaseException as error:  # raised by the next call of the thread that trains
                 future.set_exception(error)
@@ -135,20 +149,21 @@ class CheckpointStore:
             reason = self._difference(folder)
             if reason is None:
                 state = read_state(folder)
-                progress, saved = self._accept(folder, state)
-                ours = self.job.layout(self._world.size)
+                progress, saved = self._accept(folder, state, engine.precision)
+                ours = replace(self.job.layout(self._world.size), precision=engine.precision)
                 if saved.fits(ours):
                     engine.load(folder / _ENGINE)
                 else:
                     engine.load_converted(self._converted(folder) / _ENGINE)
-                self._set_aside([bad for bad, _ in refused])
+                self._set_aside([bad for bad, reason in refused if UNREAD not in reason])
                 seconds, other = time.monotonic() - begun, saved if saved != ours else None
                 return Restored(progress, folder, seconds, tuple(refused), other, state["extra"])
             log.warning("checkpoint %s is not used: %s", folder.name, reason)
             refused.append((folder, reason))
         if refused:
+            unread = [folder for folder, reason in refused if UNREAD in reason]
             rows = "\n".join(f"  {folder}: {reason}" for folder, reason in refused)
-            raise CheckpointError(
+            raise (CheckpointReadError if unread else CheckpointError)(
                 f"no checkpoint of this run can be used:\n{rows}\n"
                 "Bring one of them back from a copy, or move them away to start from the first step"
             )
@@ -164,7 +179,7 @@ class CheckpointStore:
             mine = difference(folder, files[self._world.rank :: self._world.size])
         return next((reason for reason in self._behind.gather(mine) if reason), None)
 
-    def _accept(self, folder: Path, state: dict[str, Any]) -> tuple[Progress, EngineLayout]:
+    def _accept(self, folder: Path, state: dict[str, Any], precision: str) -> tuple[Progress, EngineLayout]:
         """The progress of a verified checkpoint and how it was saved, if it is one of this job."""
         progress = Progress.from_json(state["progress"])
         ours = [stage.fingerprint for stage in self.job.stages]
@@ -176,7 +191,7 @@ class CheckpointStore:
                     "restore the job's earlier text, or start a new run directory"
                 )
         saved = EngineLayout.from_json(state["layout"])
-        obstacle = saved.obstacle(self.job.layout(self._world.size))
+        obstacle = saved.obstacle(replace(self.job.layout(self._world.size), precision=precision))
         if obstacle:
             raise CheckpointError(f"{folder}: {obstacle}")
         device = self._world.device.type
@@ -192,12 +207,14 @@ class CheckpointStore:
         final = folder.with_suffix(_CONVERTED)
 
         def make() -> None:
+            self._before_publishing()
             if final.is_dir() and verify(final) is None:
+                refuse_code(final)
                 return
             aside = final.with_name(final.name + _ASIDE)
             for old in (final, aside):
                 shutil.rmtree(old, ignore_errors=True)
-            _refuse_full_disk(folder)
+            _refuse_no_room(folder)
             log.info("converting %s for other ranks or another ZeRO stage", folder.name)
             convert(self.job.spec.engine.kind, folder / _ENGINE, aside / _ENGINE)
             made = [path for path in aside.rglob("*") if path.is_file()]
@@ -210,8 +227,10 @@ class CheckpointStore:
     def _set_aside(self, folders: list[Path]) -> None:
         """Renames checkpoints that were passed over, once a good one is found: they must not push it out later."""
         for folder in folders if self._world.is_main else []:
+            self._before_publishing()
             aside = folder.with_suffix(_BAD)
-            shutil.rmtree(aside, ignore_errors=True)
+            for old in (aside, folder.with_suffix(_CONVERTED)):
+                shutil.rmtree(old, ignore_errors=True)
             folder.rename(aside)
 
     def _wait(self) -> None:
@@ -219,7 +238,9 @@ class CheckpointStore:
         if under_way is not None:
             self._saved.append(under_way.result())
 
-    def _commit(self, files: dict[str, Any], progress: Progress, extra: dict[str, Any]) -> tuple[Path, int]:
+    def _commit(
+        self, files: dict[str, Any], layout: EngineLayout, progress: Progress, extra: dict[str, Any]
+    ) -> tuple[Path, int]:
         """In the thread: writes this rank's files aside, and gives the folder its name once all ranks have."""
         final = self._folder / f"step_{progress.step:08d}"
         aside, world = final.with_suffix(_ASIDE), self._behind
@@ -227,44 +248,42 @@ class CheckpointStore:
             self._together(world, lambda: _empty(aside), on_main=True, what=f"{aside} cannot be created")
             mine = self._together(world, lambda: _write_files(aside, files), what=f"{aside} cannot be written")
             written = {name: one for part in world.gather(mine) for name, one in part.items()}
-            self._together(
-                world, lambda: self._publish(aside, final, progress, extra, written), on_main=True, what=f"{final}"
-            )
+            state = self._state(layout, progress, extra)
+            self._together(world, lambda: self._publish(aside, final, state, written), on_main=True, what=str(final))
         except CheckpointError:
             if world.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
         return final, sum(one["bytes"] for one in written.values())
 
-    def _publish(
-        self, aside: Path, final: Path, progress: Progress, extra: dict[str, Any], written: dict[str, Any]
-    ) -> None:
+    def _state(self, layout: EngineLayout, progress: Progress, extra: dict[str, Any]) -> dict[str, Any]:
         begun = self.job.stages[: self.job.stage_index(max(0, progress.batch_index - 1)) + 1]
-        state = {
+        return {
             "progress": progress.to_json(),
             "stages": [[stage.name, stage.fingerprint] for stage in begun],
-            "layout": self.job.layout(self._world.size).to_json(),
+            "layout": layout.to_json(),
             "device": self._world.device.type,
             "consumed_tokens": self.job.consumed_tokens(progress.batch_index),
             "extra": extra,
         }
+
+    def _publish(self, aside: Path, final: Path, state: dict[str, Any], written: dict[str, Any]) -> None:
         complete(aside, {**written, PROGRESS: write_text(aside / PROGRESS, json.dumps(state, indent=1))})
         self._before_publishing()
-        if final.exists():  # the run came by here before, and went back
-            old = final.with_name(f"{final.name}.old{_ASIDE}")
+        for old in (final, final.with_suffix(_CONVERTED)):  # without COMPLETE, or it would have been restored
             shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
         publish(aside, final)
         self._prune()
 
     def _prune(self) -> None:
-        """Only the newest are kept; a converted one as long as what it was made of."""
-        kept = complete_checkpoints(self._folder)
-        for old in kept[self.job.spec.checkpoint.keep_last :]:
-            shutil.rmtree(old)
-        for other in [*self._folder.glob(f"step_*{_CONVERTED}"), *self._folder.glob(f"step_*{_ASIDE}")]:
-            if other.name.endswith(_ASIDE) or not other.with_suffix("").is_dir():
-                shutil.rmtree(other)
+        """Only the newest are kept; a converted one as long as what it was made of. What resists is tried next time."""
+        old = complete_checkpoints(self._folder)[self.job.spec.checkpoint.keep_last :]
+        others = [*self._folder.glob(f"step_*{_CONVERTED}"), *self._folder.glob(f"step_*{_ASIDE}")]
+        for folder in [*old, *(one for one in others if one.suffix == _ASIDE or not one.with_suffix("").is_dir())]:
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                log.warning("%s is left for now: %s", folder, error)
 
     def _together(self, world: World, action: Callable[[], Any], *, what: str, on_main: bool = False) -> Any:
         """Runs `action` on all ranks (or on rank 0), and fails on all ranks if it fails on one."""
@@ -310,7 +329,7 @@ def _write_files(aside: Path, files: dict[str, Any]) -> dict[str, Any]:
     return {f"{_ENGINE}/{name}": write_state(aside / _ENGINE / name, state) for name, state in files.items()}
 
 
-def _refuse_full_disk(folder: Path) -> None:
+def _refuse_no_room(folder: Path) -> None:
     """Converting takes the space of the checkpoint once more, and of its parts while it goes on."""
     needed = 2 * sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(folder).free

@@ -16,6 +16,7 @@ from ernie_dist.guard import Guard, Recent
 from ernie_dist.progress import Progress
 from ernie_dist.spec.errors import BadNumbersError, CheckpointError
 from ernie_dist.spec.job import JobSpec
+from ernie_dist.spec.lease import refuse_if_lost
 from ernie_dist.spec.run_files import RunFiles, complete_checkpoints
 from ernie_dist.spec.skips import SkippedWindow, Skips
 from ernie_dist.world import World
@@ -93,6 +94,7 @@ class Refusals:
             sequence_ids=tuple(tuple(pair) for event in refused for pair in event.sequence_ids),
         )
         if self._world.is_main:
+            refuse_if_lost(self._files.root, self._attempt)
             Skips((*windows, window)).write(self._files.skipped_batches)
         self._events.emit(BatchesSkipped(**window.model_dump()))
         self._world.barrier()  # a rank that raises ends the others: not before it is written down

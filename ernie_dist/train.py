@@ -34,7 +34,7 @@ from ernie_dist.model.loss import summed_loss
 from ernie_dist.progress import Progress
 from ernie_dist.rewind import Refusals, check_position
 from ernie_dist.schedule import learning_rate
-from ernie_dist.spec.errors import EnvironmentProblem
+from ernie_dist.spec.errors import EnvironmentProblem, RanksDiffer
 from ernie_dist.spec.lease import refuse_if_lost
 from ernie_dist.spec.resolve import ResolvedJob, ResolvedStage
 from ernie_dist.spec.run_files import RunFiles, complete_checkpoints, read_state
@@ -55,11 +55,12 @@ class _Attempt:
     def __init__(self, files: RunFiles, attempt: int, world: World, console: IO[str], beat: Heartbeat) -> None:
         self.files, self.attempt, self.world, self.beat = files, attempt, world, beat
         self.job = job = ResolvedJob.read(files.job)
-        saves = [event["seconds"] for event in read_events(files.events) if event["event"] == "CheckpointSaved"]
+        known = read_events(files.events) if world.is_main else []
+        saves = [event["seconds"] for event in known if event["event"] == "CheckpointSaved"]
         self.stop = StopRequest((files.stop, files.signalled(attempt)), world, saves=saves)
         self.engine = _build_engine(job, world)
-        fence = partial(refuse_if_lost, files.root, attempt)
-        self.store = CheckpointStore(files.checkpoints, job, world, before_publishing=fence)
+        self.fence = partial(refuse_if_lost, files.root, attempt)
+        self.store = CheckpointStore(files.checkpoints, job, world, before_publishing=self.fence)
         _refuse_full_disk(files, job, self.engine)
         # The rank's own log is where `ernie logs` looks, also once the terminal is gone.
         sinks = [*build_sinks(job, files, console), ConsoleSink(sys.stdout)] if world.is_main else []
@@ -68,15 +69,18 @@ class _Attempt:
             events.PhaseEnded(attempt, phase.label, step, seconds)
         )
         self.skips = Skips.read(files.skipped_batches)
-        restored = self.store.restore(self.engine)
-        self.progress = self._accept(restored) if restored else Progress.start()
-        recent = Recent.from_json(restored.extra["recent"]) if restored and restored.extra else Recent()
-        self.refusals = Refusals(job.spec, recent, self.skips, files, attempt, world, self.events)
         self.held_out, self.meter = HeldOut(job, world), Meter(job, self.engine, world)
         self.busy = BusyTimes(world, job.spec.watchdog.straggler)
-        self.events.emit(self._started())
 
     def run(self) -> bool:
+        try:
+            self._restore()
+            self.events.emit(self._started())
+            return self._run()
+        finally:
+            self.events.close()
+
+    def _run(self) -> bool:
         job, engine, beat, refusals = self.job, self.engine, self.beat, self.refusals
         self._evaluate_what_is_owed()
         stopping, stage, due = self.stop.requested(), None, False
@@ -100,9 +104,11 @@ class _Attempt:
             finished = self.skips.next(self.progress.batch_index) == job.total_batches
             stopping = result.flagged and not finished and not refusals.pending
             due = due or self.store.due(self.progress, since)
+            if stopping:  # what is being written is finished first: it may be all that there is time for
+                self._tell_of_saves(wait=True)
             saving = self.stop.save_fits() if stopping else finished or (due and not refusals.pending)
             if saving or job.crosses(job.spec.bad_numbers.compare_ranks, self.progress.batch_index, since):
-                refuse_difference(engine, self.world, self.progress.step)
+                self._compare_ranks()
             if saving:
                 due = False
                 beat.enter(Phase.SAVE, self.progress.step)
@@ -207,6 +213,12 @@ class _Attempt:
 
     # ---- beginning and end -------------------------------------------------------------------------------------------
 
+    def _restore(self) -> None:
+        restored = self.store.restore(self.engine)
+        self.progress = self._accept(restored) if restored else Progress.start()
+        recent = Recent.from_json(restored.extra["recent"]) if restored and restored.extra else Recent()
+        self.refusals = Refusals(self.job.spec, recent, self.skips, self.files, self.attempt, self.world, self.events)
+
     def _accept(self, restored: Restored) -> Progress:
         """Tells of a checkpoint that was loaded. Raises CheckpointError if it does not fit the skipped batches."""
         for folder, reason in restored.refused:
@@ -221,7 +233,7 @@ class _Attempt:
                 checkpoint=restored.folder.name,
                 seconds=restored.seconds,
                 converted=f"saved with {saved}, goes on with {self.job.layout(self.world.size)}" if saved else "",
-                **_lost(self.files, self.job, progress),
+                **(_lost(self.files, self.job, progress) if self.world.is_main else {}),
             )
         )
         return progress
@@ -240,6 +252,13 @@ class _Attempt:
             parameters=self.engine.parameters,
             versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
         )
+
+    def _compare_ranks(self) -> None:
+        try:
+            refuse_difference(self.engine, self.world, self.progress.step)
+        except RanksDiffer:
+            self._tell_of_saves(wait=True)  # the last good state is not lost
+            raise
 
     def _tell_of_saves(self, *, wait: bool) -> None:
         if wait:
@@ -262,6 +281,7 @@ class _Attempt:
     def _export(self) -> None:
         self.beat.enter(Phase.EXPORT, self.progress.step)
         if self.world.is_main:
+            self.fence()
             export_model(self.job, complete_checkpoints(self.files.checkpoints)[0], self.files.export)
         self.world.barrier()
         tokens = self.job.consumed_tokens(self.progress.batch_index)
@@ -271,7 +291,6 @@ class _Attempt:
         self.beat.enter(Phase.CLOSE, self.progress.step)
         if self.world.is_main:
             self.events.emit(events.TimeSpent(self.progress.step, goodput.of_run(self.files, self.job)))
-        self.events.close()
         self.engine.close()
 
 
@@ -295,10 +314,11 @@ def _lost(files: RunFiles, job: ResolvedJob, progress: Progress) -> dict[str, An
 
 
 def _refuse_full_disk(files: RunFiles, job: ResolvedJob, engine: Engine) -> None:
-    """A run that cannot write its checkpoints had better not begin."""
+    """A run that cannot write its checkpoints had better not begin. One that has begun goes on until it cannot."""
+    if complete_checkpoints(files.checkpoints):
+        return
     size = 16 * engine.parameters  # fp32 weights and masters, two moments
-    present = len(complete_checkpoints(files.checkpoints))
-    needed = size * max(1, job.spec.checkpoint.keep_last + 1 - present)
+    needed = size * (job.spec.checkpoint.keep_last + 1)
     free = shutil.disk_usage(files.root).free
     if free < needed:
         raise EnvironmentProblem(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pickle
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,11 @@ from ernie_dist.spec.errors import CheckpointError
 from ernie_dist.spec.run_files import COMPLETE
 
 MANIFEST = "manifest.json"
+UNREAD = "cannot be read"
+"""in a reason: nothing is known against the file itself"""
 _BLOCK = 1 << 22
+_TRIES, _PAUSE = 3, 1.0
+"""for a disk or a file server in trouble; seconds"""
 
 Entry = dict[str, Any]
 """{"bytes": int, "sha256": hex digits}, as `sha256sum` prints it"""
@@ -109,17 +114,26 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
 def difference(folder: Path, expected: Iterable[tuple[str, Entry]]) -> str | None:
     """The first file that is not what was written, and how; None if all are. Reads every byte."""
     for name, written in expected:
-        path = folder / name
-        try:
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != written["bytes"]:
-                return f"{name} has {path.stat().st_size:,} bytes instead of {written['bytes']:,}"
-            if entry(path)["sha256"] != written["sha256"]:
-                return f"{name} differs from what was written"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+        for left in reversed(range(_TRIES)):
+            try:
+                problem = _difference(folder / name, written)
+                break
+            except OSError as error:
+                problem = f"{UNREAD} ({error.strerror})"
+                time.sleep(_PAUSE if left else 0)
+        if problem:
+            return f"{name} {problem}"
     return None
+
+
+def _difference(path: Path, written: Entry) -> str | None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return "is missing"
+    if size != written["bytes"]:
+        return f"has {size:,} bytes instead of {written['bytes']:,}"
+    return None if entry(path)["sha256"] == written["sha256"] else "differs from what was written"
 
 
 class _Hashed:

@@ -41,7 +41,7 @@ class World:
     def device(self) -> torch.device:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
-    def connect(self, timeout: timedelta = timedelta(minutes=30)) -> None:
+    def connect(self, timeout: timedelta = timedelta(hours=2)) -> None:
         """Joins the process group: gloo for host tensors, NCCL for a GPU's."""
         if self.device.type == "cuda":
             if self.local_rank >= torch.cuda.device_count():

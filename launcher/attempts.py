@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from typing import TextIO
 
+from ernie_dist.spec.errors import RecordNotKept
 from ernie_dist.spec.lease import Lease
 from ernie_dist.spec.resilience import RestartSpec
 from ernie_dist.spec.resolve import ResolvedJob
@@ -32,6 +35,21 @@ def run_attempts(
     deadline: when the launch has to be over, in seconds since the epoch; restarts do not move it.
     describe_batch: batch index -> what is in it, for a person who looks for the row that breaks a run.
     """
+    try:
+        return _run_attempts(launcher, run_dir, job, lease, policy, deadline, describe_batch)
+    except OSError as error:  # the record of the run: its disk, not its job
+        raise RecordNotKept(f"{error.filename or run_dir.root}: {error.strerror or error}; launch again") from None
+
+
+def _run_attempts(
+    launcher: Launcher,
+    run_dir: RunDir,
+    job: ResolvedJob,
+    lease: Lease,
+    policy: RestartSpec,
+    deadline: float | None,
+    describe_batch: Callable[[int], str],
+) -> int:
     history.ends(run_dir)  # what a launcher that was killed could not record
     while True:
         if read(run_dir.files.stop) is not None:
@@ -46,23 +64,23 @@ def run_attempts(
         _explain(found)
         if read(run_dir.files.stop) is not None and end.exit_code not in (FINISHED, WRONG):
             if end.exit_code != STOPPED or guard.reason:
-                print(f"attempt {number} {_where(end)}; {_repeated(run_dir, job, end)}", flush=True)
+                _say(f"attempt {number} {_where(end)}; {_repeated(run_dir, job, end)}", flush=True)
             return STOPPED
         decision = decide(policy, history.ends(run_dir))
         if isinstance(decision, Over):
             return decision.exit_code
         if isinstance(decision, GiveUp):
             history.mark_given_up(run_dir, end)
-            print(f"attempt {number} {_where(end)}; {_repeated(run_dir, job, end)}", flush=True)
+            _say(f"attempt {number} {_where(end)}; {_repeated(run_dir, job, end)}", flush=True)
             _say_given_up(run_dir, job, decision, describe_batch)
             return CRASHED
-        print(
+        _say(
             f"attempt {number} {_where(end)}; {_repeated(run_dir, job, end)}; starts again in {decision.wait:.0f} s "
             f"(restart {decision.number} of at most {policy.max} without a new checkpoint)",
             flush=True,
         )
         if deadline is not None and time.time() + decision.wait >= deadline:
-            print("the time limit comes before that")
+            _say("the time limit comes before that")
             return STOPPED
         if not _waited(run_dir, lease, decision.wait):
             return STOPPED
@@ -86,6 +104,12 @@ class _Guard:
         return bool(self.reason)
 
 
+def _say(text: str, *, file: TextIO | None = None, flush: bool = True) -> None:
+    """Whoever reads along may leave, as `| tee` does when its disk is full: the run goes on."""
+    with suppress(OSError):
+        print(text, file=file or sys.stdout, flush=flush)
+
+
 def _waited(run_dir: RunDir, lease: Lease, seconds: float) -> bool:
     """False if a stop was asked for meanwhile."""
     until = time.monotonic() + seconds
@@ -102,20 +126,20 @@ def _explain(found: Cause) -> None:
         return
     if found.exit_code == STOPPED:
         if found.message:
-            print(f"\n{found.message}", flush=True)
+            _say(f"\n{found.message}", flush=True)
         return
-    print(f"\nernie: {found.message}", file=sys.stderr, flush=True)
+    _say(f"\nernie: {found.message}", file=sys.stderr, flush=True)
     if found.exit_code == CRASHED and found.log is not None:
-        print(f"(log: {found.log})", file=sys.stderr, flush=True)
+        _say(f"(log: {found.log})", file=sys.stderr, flush=True)
 
 
 def _say_given_up(run_dir: RunDir, job: ResolvedJob, decision: GiveUp, describe_batch: Callable[[int], str]) -> None:
-    print(f"ernie: the run is given up: {decision.reason}", file=sys.stderr)
+    _say(f"ernie: the run is given up: {decision.reason}", file=sys.stderr)
     if decision.suspect is not None:
         batch = decision.suspect - 1 + run_dir.skipped_batches()
         if batch < job.total_batches:
-            print(f"Perhaps it is the data of step {decision.suspect}: {describe_batch(batch)}", file=sys.stderr)
-    print("Once the cause is removed, the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+            _say(f"Perhaps it is the data of step {decision.suspect}: {describe_batch(batch)}", file=sys.stderr)
+    _say("Once the cause is removed, the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
 
 
 def _where(end: AttemptEnd) -> str:

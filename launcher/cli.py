@@ -30,8 +30,9 @@ _EXAMPLES = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 finished, 2 wrong job or data, 75 stopped and resumable, 1 crashed."""
     options = _parser().parse_args(arguments)
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # schedulers say it this way; until ranks run it is a Ctrl-C
-        signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):  # schedulers and lost terminals mean a Ctrl-C
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
     from ernie_dist.spec.errors import ErnieError
     from launcher import verbs
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 75
     except BrokenPipeError:  # `ernie logs | head`
         sys.stderr.close()
-        return 0
+        return 1 if options.verb in ("launch", "drill") else 0
     except OSError as error:
         print(f"ernie: {error.filename or 'this machine'}: {error.strerror or error}", file=sys.stderr)
         return 2

@@ -27,7 +27,7 @@ class Cause:
     exit_code: int
     message: str = ""
     final: bool = False
-    rewound: bool = False
+    kind: str = ""
     log: Path | None = None
     """where to read more"""
 
@@ -57,7 +57,7 @@ def cause(run_dir: RunDir, attempt: int, returncode: int | None) -> Cause:
         code,
         said,
         final=bool(ending.get("final")),
-        rewound=ending["kind"] == "BadNumbersError",
+        kind=ending["kind"],
         log=files.rank_log(attempt, int(ending["rank"])),
     )
 
@@ -70,7 +70,7 @@ def record_end(run_dir: RunDir, attempt: int, found: Cause) -> AttemptEnd:
         exit_code=found.exit_code,
         message=found.message,
         final=found.final,
-        rewound=found.rewound,
+        kind=found.kind,
         after_step=_last_step(run_dir, attempt),
         checkpoint_before=int(_read(run_dir.files.attempt(attempt) / "launch.json").get("checkpoint", 0)),
         checkpoint=checkpoint_step(checkpoints[0]) if checkpoints else 0,

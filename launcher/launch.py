@@ -137,7 +137,8 @@ def _signals_become(stop: Path) -> Iterator[None]:
             os.write(2, f"\n{said}\n".encode())  # print() may be what was interrupted
         asked = True
 
-    before = {number: signal.signal(number, on_signal) for number in SIGNALS}
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, on_signal) for number in heard}
     try:
         yield
     finally:

@@ -10,6 +10,8 @@ from itertools import takewhile
 from ernie_dist.spec.resilience import RestartSpec
 from launcher.base import FINISHED, STOPPED, WRONG
 
+_ELSEWHERE = ("BadNumbersError", "CheckpointReadError", "CheckpointWriteError", "Hang", "RanksDiffer")
+"""errors whose cause is not in the data of the step they came at; they count towards restarts.max"""
 LONGEST_WAIT = timedelta(minutes=10)
 
 
@@ -30,10 +32,15 @@ class AttemptEnd:
     """step of the newest complete checkpoint when it was started; 0 without one"""
     checkpoint: int = 0
     """the same, when it had ended"""
-    rewound: bool = False
-    """it ended in order to skip the batches it could not learn from: the next attempt does not meet them"""
+    kind: str = ""
+    """the error's, where a rank could name one"""
     given_up: bool = False
     """the run was given up after it: whoever launches it again begins a new count"""
+
+    @property
+    def tells_of_its_step(self) -> bool:
+        """Whether the step it died at may be the cause: not for a disk, a device, or batches that are skipped next."""
+        return self.after_step is not None and self.kind not in _ELSEWHERE
 
     @property
     def moved_forward(self) -> bool:
@@ -95,7 +102,7 @@ def _crashes_in_a_row(ends: Sequence[AttemptEnd]) -> list[AttemptEnd]:
 
 def _at_the_same_step(row: Sequence[AttemptEnd]) -> int:
     """How often in a row; an attempt that never got to a step says nothing about one."""
-    steps = [end.after_step for end in row if end.after_step is not None and not end.rewound]
-    if row[-1].after_step is None or row[-1].rewound:
+    if not row[-1].tells_of_its_step:
         return 0
+    steps = [end.after_step for end in row if end.tells_of_its_step]
     return sum(1 for _ in takewhile(lambda step: step == steps[-1], reversed(steps)))

@@ -78,6 +78,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def precision(self) -> str:
+        """bf16, fp16 or fp32: what "auto" came to on this device."""
+        ...
+
+    @property
     def config(self) -> dict[str, Any]:
         """The transformers config values of the model."""
         ...

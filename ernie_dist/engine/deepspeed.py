@@ -95,7 +95,7 @@ class DeepSpeedEngine:
         precision: str,
         pretrained: bool,
     ) -> None:
-        self._world, self._device = world, world.device
+        self._world, self._device, self.precision = world, world.device, precision
         self._training = False  # pretrained weights come in evaluation mode
         policy = read_ds_config(spec.ds_config)
         self._zero_stage, self._fp32 = zero_stage(policy), precision == "fp32"
@@ -198,8 +198,9 @@ class DeepSpeedEngine:
         optimizer, step = _innermost(self._optimizer), read_step(folder / _TAG)
         for group, decay in zip(optimizer.param_groups, self._weight_decays, strict=True):
             group["weight_decay"] = decay
-        for state in optimizer.state.values():
-            state["step"] = torch.tensor(float(step)) if isinstance(optimizer, torch.optim.AdamW) else step
+        fused = isinstance(optimizer, torch.optim.AdamW)  # DeepSpeed's own Adam counts in plain integers
+        for parameter, state in optimizer.state.items():
+            state["step"] = torch.tensor(float(step), device=parameter.device) if fused else step
 
     def close(self) -> None:
         self._engine.destroy()
@@ -233,18 +234,18 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     if whole.is_file():
         weights = read_state(whole, "cpu", _CLASSES)["module"]
     else:  # ZeRO-3: every rank holds a part, kept in fp32
-        _refuse_code(folder)
+        refuse_code(folder)
         weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG)
     return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
 
 
 def convert(folder: Path, to: Path) -> None:
     """Writes what `load_converted` takes, on one process. Raises CheckpointError."""
-    _refuse_code(folder)
+    refuse_code(folder)
     convert_files(folder / _TAG, to / _TAG, read=lambda path: read_state(path, "cpu", _CLASSES))
 
 
-def _refuse_code(folder: Path) -> None:
+def refuse_code(folder: Path) -> None:
     """DeepSpeed's own readers run whatever a file tells them to: none of them gets one with more than data in it."""
     known = {f"{one.__module__}.{one.__qualname__}" for one in _CLASSES}
     for path in sorted(folder.rglob("*.pt")):

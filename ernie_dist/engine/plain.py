@@ -44,7 +44,7 @@ class PlainEngine:
             raise SpecError(
                 'engine.precision = "fp16": the plain engine has no loss scaling; use bf16, fp32 or deepspeed'
             )
-        self._device, self._precision, self._loss = world.device, precision, loss
+        self._device, self.precision, self._loss = world.device, precision, loss
         self._max_grad_norm = spec.max_grad_norm
         self.model = build().to(self._device)
         self.parameters, self.config = self.model.num_parameters(), self.model.config.to_dict()
@@ -108,7 +108,7 @@ class PlainEngine:
         del self.model, self._optimizer
 
     def _autocast(self) -> AbstractContextManager[object]:
-        if self._precision == "bf16":
+        if self.precision == "bf16":
             return torch.autocast(self._device.type, dtype=torch.bfloat16)
         return nullcontext()
 

@@ -59,3 +59,10 @@ def convert(kind: str, folder: Path, to: Path) -> None:
     from ernie_dist.engine import deepspeed
 
     deepspeed.convert(folder, to)
+
+
+def refuse_code(folder: Path) -> None:
+    """Raises CheckpointError if a converted folder, which DeepSpeed reads by itself, holds more than data."""
+    from ernie_dist.engine import deepspeed
+
+    deepspeed.refuse_code(folder)

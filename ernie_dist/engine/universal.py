@@ -55,6 +55,8 @@ def _write_optimizer_state(source: Path, to: Path, read: Callable[[Path], Any]) 
     whole = read(first)
     saved = {"ds_version": whole["ds_version"], **whole["optimizer_state_dict"]}  # ZeRO-3 has it outside only
     base = saved.get("base_optimizer_state") or saved["optimizer_state_dict"]
+    if not base["state"]:
+        raise CheckpointError(f"{source}: no update has been made yet: go on with the ranks and engine that saved it")
     step = int(next(iter(base["state"].values()))["step"])
     groups = base["param_groups"]
     content = {

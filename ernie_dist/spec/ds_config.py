@@ -48,6 +48,13 @@ def zero_stage(config: dict[str, Any]) -> int:
     return int(config["zero_optimization"]["stage"])
 
 
+def partitioning(config: dict[str, Any]) -> str:
+    """What decides how optimizer states are cut up and where they lie, besides the ZeRO stage: JSON of those keys."""
+    kept = ("offload_optimizer", "offload_param", "sub_group_size", "round_robin_gradients")
+    zero = config["zero_optimization"]
+    return json.dumps({key: zero[key] for key in kept if key in zero}, sort_keys=True)
+
+
 def offloads(config: dict[str, Any]) -> bool:
     """Whether optimizer states live in host memory."""
     return "offload_optimizer" in config["zero_optimization"]

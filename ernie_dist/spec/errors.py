@@ -41,6 +41,12 @@ class RecordNotKept(ErnieError, RuntimeError):
     exit_code = 1
 
 
+class CheckpointReadError(CheckpointError):
+    """The disk would not give a checkpoint back: perhaps it will by the next attempt."""
+
+    exit_code = 1
+
+
 class BadNumbersError(ErnieError, ArithmeticError):
     """Too many updates in a row were refused. The next attempt skips their batches, unless it is final."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -15,7 +15,10 @@ class EngineLayout:
     ds_config: str
     """name of the policy; "" for plain"""
     zero_stage: int
+    partitioning: str
+    """what of the policy decides how states are cut up, besides the ZeRO stage"""
     precision: str
+    """as it came to be in the ranks; "auto" before anybody knows"""
     ranks: int
     frozen: tuple[tuple[str, ...], ...]
     """all freeze lists of the job: parameter groups follow from them"""
@@ -29,7 +32,8 @@ class EngineLayout:
         if self.fits(other):
             return None
         for field, what in (("kind", "engine"), ("precision", "precision"), ("frozen", "freeze lists")):
-            if getattr(self, field) != getattr(other, field):
+            values = {getattr(self, field), getattr(other, field)}
+            if len(values) > 1 and "auto" not in values:
                 return f"the {what} of a run cannot change; go on with {self}"
         if self.zero_stage == 0 or other.zero_stage == 0:
             return f"zero0 can neither be converted to another ZeRO stage nor from one; go on with {self.ds_config}"
@@ -39,7 +43,7 @@ class EngineLayout:
         """Whether the files of one are the files of the other."""
         if self.zero_stage == other.zero_stage == 0 and self.kind == other.kind == "deepspeed":
             return (self.precision, self.frozen) == (other.precision, other.frozen)  # every rank holds everything
-        return self == other
+        return replace(self, ds_config="") == replace(other, ds_config="")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from ernie_dist.spec.curriculum import StageSpec
-from ernie_dist.spec.ds_config import read_ds_config, zero_stage
+from ernie_dist.spec.ds_config import partitioning, read_ds_config, zero_stage
 from ernie_dist.spec.errors import RunDirError
 from ernie_dist.spec.job import JobSpec, fingerprint
 from ernie_dist.spec.layout import EngineLayout
@@ -137,10 +137,12 @@ class ResolvedJob(Strict):
         """What the checkpoints of this job fit: its engine, on this many ranks."""
         engine = self.spec.engine
         deepspeed = engine.kind == "deepspeed"
+        policy = read_ds_config(engine.ds_config) if deepspeed else {}
         return EngineLayout(
             kind=engine.kind,
             ds_config=Path(engine.ds_config).stem if deepspeed else "",
-            zero_stage=zero_stage(read_ds_config(engine.ds_config)) if deepspeed else 0,
+            zero_stage=zero_stage(policy) if deepspeed else 0,
+            partitioning=partitioning(policy) if deepspeed else "",
             precision=engine.precision,
             ranks=world_size,
             frozen=tuple(sorted({stage.freeze for stage in self.stages if stage.freeze})),

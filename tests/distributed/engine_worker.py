@@ -6,6 +6,7 @@ arguments: JSON with `cases` (EngineSpec fields plus `micro`) and `steps`
 import json
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 
 from ernie_dist.batch import IGNORED, Batch, MicroBatch, stack
-from ernie_dist.engine.select import build_engine, read_weights
+from ernie_dist.engine.base import Engine
+from ernie_dist.engine.select import build_engine, convert, read_weights
 from ernie_dist.model.build import build_model
 from ernie_dist.model.loss import summed_loss
 from ernie_dist.spec.training import EngineSpec, ModelSpec, OptimizerSpec
@@ -80,11 +82,22 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
     after_refusals = list(engine.evaluate(held_out))
     engine.close()
 
-    again = build_engine(spec, OptimizerSpec(), [FREEZE], build, summed_loss, world)
-    again.load(folder)
-    again.freeze(())
-    replay = [again.step(batch(step, world, micro), 1e-2).loss for step in range(steps // 2, steps)]
-    again.close()
+    def replay_from(load: Callable[[Engine], None]) -> list[float]:
+        again = build_engine(spec, OptimizerSpec(), [FREEZE], build, summed_loss, world)
+        load(again)
+        again.freeze(())
+        losses = [again.step(batch(step, world, micro), 1e-2).loss for step in range(steps // 2, steps)]
+        again.close()
+        return losses
+
+    replay = replay_from(lambda engine: engine.load(folder))
+    converted = replay
+    if spec.precision == "bf16" and spec.kind == "deepspeed":
+        to = folder.with_name(f"{folder.name} converted")
+        if world.is_main:
+            convert("deepspeed", folder, to)
+        world.barrier()
+        converted = replay_from(lambda engine: engine.load_converted(to))
     weights = read_weights(spec.kind, folder) if world.is_main else {}
     return {
         "losses": [result.loss for result in results],
@@ -92,6 +105,7 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
         "tokens": [result.loss_tokens for result in results],
         "applied": all(result.applied for result in results),
         "replay": replay,
+        "converted": converted,
         "training": training,
         "refusals_applied": overflow.applied or refused.applied,
         "judged_by": seen == [(refused.loss, refused.grad_norm)],

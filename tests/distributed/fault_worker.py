@@ -15,7 +15,7 @@ import torch
 
 from ernie_dist import __main__, train
 from ernie_dist.spec.run_files import RunFiles
-from ernie_dist.stop import request_stop
+from ernie_dist.spec.stop_file import StopNote, ask
 
 RUN, ATTEMPT, FAULTS = RunFiles(Path(sys.argv[1])), int(sys.argv[2]), json.loads(sys.argv[3])
 RANK = int(os.environ.get("RANK", 0))
@@ -37,7 +37,7 @@ def watched_engine(*given, build=train.build_engine, **named):
     def watched_step(batch, *rest, **options):
         current[0] = batch.index
         if FAULTS.get("stop") == batch.index and RANK == 0:
-            request_stop(RUN.stop, "the test")
+            ask(RUN.stop, StopNote("the test"))
         before = engine.replicated_digest()
         result = step(batch, *rest, **options)
         touched[batch.index] = engine.replicated_digest() != before

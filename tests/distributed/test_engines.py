@@ -72,6 +72,9 @@ def test_every_engine_gives_the_same_steps_under_unequal_masks_and_freezing(tmp_
         assert result["judged_by"], "it is judged once, by the very numbers that are reported"
         assert result["flags"] == [False, True], "a flag of any rank reaches all"
         assert result["replay"] == result["losses"][2:], f"{result['case']}: a loaded engine goes on exactly"
+        assert result["converted"] == pytest.approx(result["replay"], rel=1e-4), (
+            f"{result['case']}: as does a converted"
+        )
 
 
 def test_a_job_has_the_same_curve_under_every_zero_stage_and_plain(tmp_path, monkeypatch):

@@ -73,6 +73,9 @@ class Runs:
         os.killpg(int(self.files(run).process(attempt).read_text()), signal.SIGKILL)
         process.communicate(timeout=60)
 
+    def last_attempt(self, run: str) -> int:
+        return max((int(path.name) for path in self.files(run).attempts.glob("[0-9]*")), default=0)
+
     def steps_of(self, run: str, attempt: int) -> list[int]:
         return [line["step"] for line in read_all_attempts(self.files(run).metrics) if line["attempt"] == attempt]
 

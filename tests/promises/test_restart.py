@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -82,6 +84,29 @@ def test_a_killed_rank_and_a_killed_attempt_are_started_again_and_the_curve_is_t
         "(restart 1 of at most 10 without a new checkpoint)"
     )
     assert len(lines) == 2 and "restart 1 of" in lines[1], "attempt 2 had reached a new checkpoint"
+
+
+def test_a_full_disk_costs_attempts_but_no_checkpoint_and_the_run_goes_on_once_there_is_room(runs, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting is not allowed here; `ernie drill` fills the disk by a limit on file sizes")
+    try:
+        run, filler = str(disk / "run"), disk / "filler"
+        files = RunFiles(disk / "run")
+        process = runs.start(run, *ALONE, "checkpoint.every=2 steps", ranks=1, restart=True)
+        until(process, lambda: complete_checkpoints(files.checkpoints))
+        filler.write_bytes(bytes(shutil.disk_usage(disk).free - (1 << 18)))  # room for records, not for a checkpoint
+        until(process, lambda: runs.last_attempt(run) >= 3)
+        filler.unlink()
+        output, _ = process.communicate(timeout=280)
+        assert process.returncode == 0, output
+        assert "No space left on device" in output and "untouched" in output and "Traceback" not in output
+        assert all(replay.identical for replay in replayed_steps(files.metrics))
+        assert sorted(runs.curve(run)) == list(range(1, 37)), "no step is missing from the record"
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_what_dies_at_one_step_again_and_again_is_given_up_with_the_batch(runs):

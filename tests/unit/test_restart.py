@@ -43,7 +43,7 @@ TABLE: dict[str, tuple[list[AttemptEnd], Over | Restart | str]] = {
     "the same step": ([crash(12)] * 3, "died 3 times in a row after step 12"),
     "the same step, after progress once": ([forward, crash(17), crash(17)], "died 3 times in a row after step 17"),
     "the same step, failed starts between": ([crash(12), crash(None), crash(12), crash(12)], "3 times in a row"),
-    "going back to skip batches is no death at a step": ([crash(12, rewound=True)] * 3, Restart(20, 3)),
+    "a full disk is no death at a step": ([crash(12, kind="CheckpointWriteError")] * 3, Restart(20, 3)),
     "another step between": ([crash(12), crash(12), crash(13), crash(12)], Restart(40, 4)),
     "a stop begins a new row": ([crash(12), crash(12), crash(14, code=STOPPED), crash(12)], Restart(5, 1)),
     "so does launching what was given up": ([crash(12), crash(12), crash(12, given_up=True), crash(12)], Restart(5, 1)),
