@@ -58,6 +58,7 @@ class Faulty:
 
     def attempt(self, run_dir: RunDir, faults: dict) -> dict:
         """One attempt; how it ended."""
+        run_dir.files.stop.unlink(missing_ok=True)  # as whoever takes over the run does
         number, ranks = run_dir.new_attempt(), run_dir.job().spec.resources.gpus_per_node
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         arguments = [str(HERE / "fault_worker.py"), str(run_dir.root), str(number), json.dumps({"spike": [], **faults})]
