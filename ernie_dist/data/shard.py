@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -159,12 +158,6 @@ class PreparedSource:
             ) from None
         except ValueError as error:
             raise DataError(str(error)) from None
-
-    @cached_property
-    def planned(self) -> dict[str, tuple[int, ...]]:
-        """Split -> the sequence lengths it is packed to."""
-        names = [path.name.rpartition("-") for path in (self.folder / "packs").glob("*-*")]
-        return {split: tuple(sorted(int(name[2]) for name in names if name[0] == split)) for split in SPLITS}
 
 
 def packs_folder(folder: Path, split: str, sequence_length: int) -> Path:
