@@ -29,11 +29,12 @@ class EngineLayout:
 
     def obstacle(self, other: EngineLayout) -> str | None:
         """Why a checkpoint of this layout cannot go on as `other`, with the remedy; None if it can."""
+        if "auto" in (self.precision, other.precision):  # nobody knows yet: the ranks will
+            other = replace(other, precision=self.precision)
         if self.fits(other):
             return None
         for field, what in (("kind", "engine"), ("precision", "precision"), ("frozen", "freeze lists")):
-            values = {getattr(self, field), getattr(other, field)}
-            if len(values) > 1 and "auto" not in values:
+            if getattr(self, field) != getattr(other, field):
                 return f"the {what} of a run cannot change; go on with {self}"
         if self.zero_stage == 0 or other.zero_stage == 0:
             return f"zero0 can neither be converted to another ZeRO stage nor from one; go on with {self.ds_config}"
