@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from ernie_dist.spec.errors import RecordNotKept
@@ -20,6 +20,17 @@ from launcher.restart import AttemptEnd, GiveUp, Over, decide
 from launcher.run_dir import RunDir
 
 
+@contextmanager
+def _record_kept() -> Iterator[None]:
+    """What the disk of the run refuses says nothing against its job: exit code 1, not 2."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or "the run directory"
+        raise RecordNotKept(f"{where}: {error.strerror or error}; launch again") from None
+
+
+@_record_kept()
 def run_attempts(
     launcher: Launcher,
     run_dir: RunDir,
@@ -35,21 +46,6 @@ def run_attempts(
     deadline: when the launch has to be over, in seconds since the epoch; restarts do not move it.
     describe_batch: batch index -> what is in it, for a person who looks for the row that breaks a run.
     """
-    try:
-        return _run_attempts(launcher, run_dir, job, lease, policy, deadline, describe_batch)
-    except OSError as error:  # the record of the run: its disk, not its job
-        raise RecordNotKept(f"{error.filename or run_dir.root}: {error.strerror or error}; launch again") from None
-
-
-def _run_attempts(
-    launcher: Launcher,
-    run_dir: RunDir,
-    job: ResolvedJob,
-    lease: Lease,
-    policy: RestartSpec,
-    deadline: float | None,
-    describe_batch: Callable[[int], str],
-) -> int:
     history.ends(run_dir)  # what a launcher that was killed could not record
     while True:
         if read(run_dir.files.stop) is not None:
