@@ -89,6 +89,14 @@ class RunFiles:
     def rank_log(self, attempt: int, rank: int) -> Path:
         return self.attempt(attempt) / f"rank_{rank:05d}.log"
 
+    def node(self, attempt: int, node_rank: int) -> Path:
+        """Which machine a node of an attempt is, and why it is not fit, if it is not: JSON, host and unhealthy."""
+        return self.attempt(attempt) / "nodes" / f"{node_rank:04d}.json"
+
+    def node_log(self, attempt: int, node_rank: int) -> Path:
+        """What torchrun says on a node."""
+        return self.attempt(attempt) / f"node_{node_rank:04d}.log"
+
     def process(self, attempt: int) -> Path:
         """Process group of an attempt on this machine."""
         return self.attempt(attempt) / "process"
