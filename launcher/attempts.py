@@ -50,7 +50,7 @@ def run_attempts(
     while True:
         if read(run_dir.files.stop) is not None:
             return STOPPED
-        number = run_dir.new_attempt(launcher=type(launcher).__name__, ranks=job.spec.resources.world_size)
+        number = run_dir.new_attempt(launcher=launcher.name, ranks=job.spec.resources.world_size)
         lease.begin(number)
         guard = _Guard(run_dir, lease, number)
         returncode = launcher.run(Attempt(run_dir.root, number, job.spec.resources, deadline), guard.end_now)
@@ -61,6 +61,11 @@ def run_attempts(
         if read(run_dir.files.stop) is not None and end.exit_code not in (FINISHED, WRONG):
             if end.exit_code != STOPPED or guard.reason:
                 _say(f"attempt {number} {_where(end)}; {_repeated(run_dir, job, end)}", flush=True)
+            return STOPPED
+        unfit = launcher.unfit()
+        if unfit:
+            _say(f"attempt {number} {_where(end)}; {_repeated(run_dir, job, end)}", flush=True)
+            _say(f"no further attempt on these nodes: {unfit}", file=sys.stderr)
             return STOPPED
         decision = decide(policy, history.ends(run_dir))
         if isinstance(decision, Over):

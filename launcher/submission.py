@@ -1,0 +1,110 @@
+"""What was handed to a scheduler, in RUN_DIR/submission: the job as it was then, the script, the handle, the log.
+
+The scheduled job reads its own copy of the job, so that an edit of the YAML does not change what waits in a queue.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ernie_dist.events.history import read_events
+from ernie_dist.spec.errors import ErnieError, RunDirError
+from ernie_dist.spec.job import JobSpec
+from ernie_dist.spec.run_files import RunFiles
+from launcher import slurm_queue
+from launcher.run_dir import RunDir
+from launcher.sbatch import DEFAULT_NOTICE, render_sbatch
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The newest one of a run."""
+
+    scheduler: str
+    job: str
+    """the scheduler's id"""
+    log: str
+    """what the job prints; a path"""
+    time: float
+    address: str | None = None
+    """of a Ray cluster"""
+
+    def write(self, files: RunFiles) -> None:
+        files.submission.mkdir(parents=True, exist_ok=True)
+        path = files.submission / "handle.json"
+        aside = path.with_suffix(".tmp")
+        aside.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        aside.replace(path)
+
+    @classmethod
+    def read(cls, files: RunFiles) -> Submission | None:
+        with suppress(OSError, ValueError, TypeError):
+            return cls(**json.loads((files.submission / "handle.json").read_text(encoding="utf-8")))
+        return None
+
+    def described(self) -> str:
+        """What its scheduler says of it now; why not, if it does not answer."""
+        try:
+            known = slurm_queue.find(self.job)
+        except ErnieError as error:
+            return f"{self.scheduler} job {self.job}: {error}"
+        return str(known) if known else f"{self.scheduler} job {self.job}: no longer known"
+
+    def in_queue(self) -> bool:
+        """Whether it waits or runs, as far as can be seen from here."""
+        try:
+            known = slurm_queue.find(self.job)
+        except ErnieError:
+            return False
+        return known is not None and known.in_queue
+
+    def cancel(self) -> None:
+        slurm_queue.cancel(self.job)
+
+
+def slurm_script(job: JobSpec, run_dir: RunDir) -> str:
+    """The batch script of a run: pure but for the time its saves took."""
+    files = run_dir.files
+    return render_sbatch(
+        job.resources,
+        [str(files.submission / "job.json"), "--run-dir", str(run_dir.root)],
+        job_name=_name(job, run_dir),
+        folder=Path.cwd(),
+        log=files.submission / "slurm-%j.log",
+        notice=_notice(files),
+    )
+
+
+def submit_to_slurm(job: JobSpec, run_dir: RunDir, *options: str) -> Submission:
+    """Hands the run to Slurm. Raises RunDirError if a job of it is there already."""
+    run_dir.refuse_foreign_files()
+    files, before = run_dir.files, Submission.read(run_dir.files)
+    if before is not None and before.in_queue():
+        raise RunDirError(
+            f"{run_dir.root}: {before.described()}; watch it with `ernie status {run_dir.root}`, end it with "
+            f"`ernie stop {run_dir.root}`"
+        )
+    files.submission.mkdir(parents=True, exist_ok=True)
+    (files.submission / "job.json").write_text(job.model_dump_json(indent=1), encoding="utf-8")
+    script = files.submission / "launch.sbatch"
+    script.write_text(slurm_script(job, run_dir), encoding="utf-8")
+    number = slurm_queue.submit(script, *options)
+    made = Submission("slurm", number, str(files.submission / f"slurm-{number}.log"), time.time())
+    made.write(files)
+    return made
+
+
+def _name(job: JobSpec, run_dir: RunDir) -> str:
+    """One for each run directory: Slurm runs one job of a name at a time."""
+    return f"{job.name}-{hashlib.sha256(str(run_dir.root).encode()).hexdigest()[:6]}"
+
+
+def _notice(files: RunFiles) -> int:
+    """Seconds: twice the longest save of the run so far, a step and the end of all processes besides."""
+    saves = [event["seconds"] for event in read_events(files.events) if event["event"] == "CheckpointSaved"]
+    return max(DEFAULT_NOTICE, round(2 * max(saves, default=0.0)) + DEFAULT_NOTICE // 2)
