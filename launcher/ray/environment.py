@@ -29,6 +29,12 @@ def stop_wait() -> float | None:
     return float(os.environ.get(STOP_WAIT) or _STOP_WAIT_DEFAULT) if inside() else None
 
 
+def refuse_passing_folder(what: str, folder: Path) -> None:
+    """Raises SpecError for a folder in the copy of a `--working-dir`, which Ray removes after the job."""
+    if "runtime_resources" in folder.parts:
+        raise SpecError(f"{what} {folder}: Ray removes it after the job; give a full path that all nodes see")
+
+
 def taken_along(resources: ResourcesSpec, ours: Mapping[str, str] = os.environ) -> dict[str, str]:
     """name -> value of the names in resources.environment, from the job's environment_file or else from `ours`.
 

@@ -43,7 +43,6 @@ _LOOK_EVERY = 5.0
 _KILLED = -signal.SIGKILL
 
 
-@ray.remote(max_restarts=0)
 class _Node:
     """One node of one attempt: its process lives as long as the node command does."""
 
@@ -120,11 +119,14 @@ class RayLauncher(Launcher):
     def _run_on(self, group: PlacementGroup, attempt: Attempt, end_now: Callable[[], bool]) -> int:
         files = RunFiles(attempt.run_dir)
         actors = [
-            _Node.options(
+            ray.remote(_Node)
+            .options(
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0),
+                max_restarts=0,  # ranks cannot join an attempt that has begun
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number),
-            ).remote()
+            )
+            .remote()
             for number, bundle in enumerate(group.bundle_specs)
         ]
         try:

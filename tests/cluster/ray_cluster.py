@@ -1,14 +1,14 @@
-"""A real Ray cluster on this machine: each node is a `ray start --block` of its own, which can be killed like a machine.
+"""A real Ray cluster on this machine: each node is a `ray start --block`, which can be killed like a machine.
 
 Loopback addresses, free ports, token authentication; everything lies in one folder that goes away with it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -34,7 +35,8 @@ class RayCluster:
         self.folder = folder  # a short path: sockets in it may have no more than 107 characters
         token = folder / "token"
         token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
+        self.token = secrets.token_hex(32)
+        token.write_text(self.token)
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -60,7 +62,7 @@ class RayCluster:
         """Starts nodes, all at once, and waits until the cluster has them."""
         if not self.nodes:
             self._start("n1", *self._head)
-            self._wait(lambda: self.ray("health-check", "--address", self.address).returncode == 0)
+            self._wait(lambda: "n1" in self.alive())
         for name in names:
             self._start(name, f"--address={self.address}")
         self._wait(lambda: set(names) <= self.alive())
@@ -94,9 +96,13 @@ class RayCluster:
 
     def alive(self) -> set[str]:
         """Names of the nodes that the cluster knows to be there."""
-        code = "import ray; ray.init(address='auto', log_to_driver=False, logging_level=50); print(*[n['NodeName'] for n in ray.nodes() if n['Alive']])"
-        done = self.run(sys.executable, "-c", code, RAY_ADDRESS=self.address)
-        return set(done.stdout.splitlines()[-1].split()) if done.returncode == 0 else set()
+        request = Request(f"{self.dashboard}/nodes?view=summary", headers={"Authorization": f"Bearer {self.token}"})
+        try:
+            with urlopen(request, timeout=5) as answer:
+                nodes = json.load(answer)["data"]["summary"]
+        except (OSError, ValueError):
+            return set()
+        return {node["raylet"]["nodeName"] for node in nodes if node["raylet"]["state"] == "ALIVE"}
 
     def processes(self) -> list[psutil.Process]:
         """Every process of every node."""

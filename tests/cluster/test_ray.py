@@ -17,7 +17,7 @@ import pytest
 import yaml
 from ray_cluster import RayCluster
 
-from ernie_dist.events.history import read_all_attempts, read_events, read_metrics
+from ernie_dist.events.history import read_all_attempts, read_metrics
 from ernie_dist.spec.run_files import RunFiles
 from launcher import history
 from launcher.quickstart_data import write_data
