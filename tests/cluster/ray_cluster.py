@@ -96,13 +96,19 @@ class RayCluster:
 
     def alive(self) -> set[str]:
         """Names of the nodes that the cluster knows to be there."""
+        return set(self._ids())
+
+    def node_id(self, name: str) -> str:
+        return self._ids()[name]
+
+    def _ids(self) -> dict[str, str]:
         request = Request(f"{self.dashboard}/nodes?view=summary", headers={"Authorization": f"Bearer {self.token}"})
         try:
             with urlopen(request, timeout=5) as answer:
-                nodes = json.load(answer)["data"]["summary"]
+                nodes = [node["raylet"] for node in json.load(answer)["data"]["summary"]]
         except (OSError, ValueError):
-            return set()
-        return {node["raylet"]["nodeName"] for node in nodes if node["raylet"]["state"] == "ALIVE"}
+            return {}
+        return {node["nodeName"]: node["nodeId"] for node in nodes if node["state"] == "ALIVE"}
 
     def processes(self) -> list[psutil.Process]:
         """Every process of every node."""
