@@ -73,11 +73,15 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         at[name].add_argument("--ranks", type=_positive, metavar="N", help="ranks on this one machine")
     at["plan"].add_argument("--gpus", metavar="NxDEVICE", help="plan for these devices, e.g. 4xA100-80G")
+    at["prepare"].add_argument(
+        "--on", choices=["local", "ray"], default="local", help="this machine, or the CPUs of the Ray cluster it is in"
+    )
     at["prepare"].add_argument("--workers", type=_positive, metavar="N", help="processes (default: all cores)")
     launch = at["launch"]
     launch.add_argument(
         "--on", choices=["local", "slurm", "ray"], default="local", help="where to run (default: this machine)"
     )
+    launch.add_argument("--address", metavar="URL", help="of a Ray cluster to submit to: http://head:8265")
     launch.add_argument("--run-dir", metavar="DIR", help="default: runs/NAME")
     launch.add_argument(
         "--workers", type=_positive, metavar="N", help="processes that prepare data (default: all cores)"

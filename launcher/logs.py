@@ -38,11 +38,13 @@ def print_logs(run_dir: RunDir, rank: int, *, follow: bool) -> None:
 
 def follow(submission: Submission, run_dir: RunDir) -> int:
     """Prints what a submitted job prints until it has left the queue. Returns how the run ended."""
-    tail = _Tail(Path(submission.log))
+    read = 0
     while True:
         over = not submission.in_queue()
-        if tail.path.is_file():
-            tail.print()
+        text = submission.printed(read)
+        read += len(text)
+        sys.stdout.buffer.write(text)
+        sys.stdout.buffer.flush()
         if over:
             ending = run_dir.ending(run_dir.last_attempt())
             return int(ending["exit_code"]) if ending else CRASHED

@@ -20,7 +20,7 @@ from launcher.launch import launch_job
 from launcher.local import LocalLauncher
 from launcher.logs import follow
 from launcher.run_dir import RunDir
-from launcher.submission import Submission, slurm_script, submit_to_slurm
+from launcher.submission import Submission, slurm_script, submit_to_ray, submit_to_slurm
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,7 @@ class OnSlurm:
         if slurm.inside():
             return self._launch_inside(job, run_dir, how)
         made = submit_to_slurm(job, run_dir)
-        print(
-            f"slurm job {made.job} submitted: {run_dir.files.submission / 'launch.sbatch'}\n"
-            f"  ernie status {_shown(run_dir)} --watch    ernie logs {_shown(run_dir)} -f    "
-            f"ernie stop {_shown(run_dir)}",
-            flush=True,
-        )
-        if not how.follow:
-            return FINISHED
-        try:
-            return follow(made, run_dir)
-        except KeyboardInterrupt:
-            print("\nno longer following; the job goes on", file=sys.stderr)
-            return FINISHED
+        return _handed_in(made, run_dir, str(run_dir.files.submission / "launch.sbatch"), how)
 
     def _launch_inside(self, job: JobSpec, run_dir: RunDir, how: How) -> int:
         allocation = slurm.Allocation.ours()
@@ -95,7 +83,44 @@ class OnSlurm:
             return code
 
 
-PLACES: dict[str, Callable[[], Here | OnSlurm]] = {"local": Here, "slurm": OnSlurm}
+class OnRay:
+    """A Ray cluster: from elsewhere by the address of its dashboard, or from inside."""
+
+    def dry_run(self, job: JobSpec, run_dir: RunDir) -> str:
+        from launcher.ray.launcher import RayLauncher
+
+        return RayLauncher(job).render(Attempt(run_dir.root, 1, job.resources))
+
+    def launch(self, job: JobSpec, run_dir: RunDir, how: How) -> int:
+        from launcher.ray.environment import inside, refuse_passing_folder
+        from launcher.ray.launcher import RayLauncher
+
+        if job.resources.ray.address and not inside():
+            made = submit_to_ray(job, run_dir)
+            return _handed_in(made, run_dir, job.resources.ray.address, how)
+        refuse_passing_folder("the run directory", run_dir.root)
+        launcher = RayLauncher(job)
+        return launch_job(job, run_dir, launcher, workers=how.workers, restart=how.restart, wait=how.wait)
+
+
+PLACES: dict[str, Callable[[], Here | OnSlurm | OnRay]] = {"local": Here, "slurm": OnSlurm, "ray": OnRay}
+
+
+def _handed_in(made: Submission, run_dir: RunDir, where: str, how: How) -> int:
+    """Tells a person what to do next, or follows the job."""
+    shown = shlex.quote(os.path.relpath(run_dir.root))
+    print(
+        f"{made.scheduler} job {made.job} submitted: {where}\n"
+        f"  ernie status {shown} --watch    ernie logs {shown} -f    ernie stop {shown}",
+        flush=True,
+    )
+    if not how.follow:
+        return FINISHED
+    try:
+        return follow(made, run_dir)
+    except KeyboardInterrupt:
+        print("\nno longer following; the job goes on", file=sys.stderr)
+        return FINISHED
 
 
 def _record(run_dir: RunDir, job: str) -> None:
@@ -119,7 +144,3 @@ def _refuse_other_nodes(job: JobSpec, nodes: int) -> None:
             f"resources.nodes = {job.resources.nodes}, and this allocation has {nodes}: ask for {job.resources.nodes} "
             f"(sbatch --nodes={job.resources.nodes}), or give --set resources.nodes={nodes}"
         )
-
-
-def _shown(run_dir: RunDir) -> str:
-    return shlex.quote(os.path.relpath(run_dir.root))

@@ -97,7 +97,9 @@ class SlurmLauncher(Launcher):
         finally:
             if step.poll() is None:
                 self._kill(_step_name(attempt), step)
-            self._unfit.update(history.unfit_nodes(run_dir, attempt.number))
+            unfit = history.unfit_nodes(run_dir, attempt.number)
+            if len(self._allocation.nodes) == 1 or len(unfit) < len(self._allocation.nodes):
+                self._unfit.update(unfit)  # what all nodes suffer from is no fault of a node
         return step.returncode
 
     def notice(self) -> float | None:

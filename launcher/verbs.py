@@ -30,12 +30,18 @@ def plan(options: Namespace) -> None:
 
 
 def prepare(options: Namespace) -> None:
+    from ernie_dist.data.prepare import MakePool
     from ernie_dist.data.prepare import prepare as prepare_data
     from ernie_dist.data.resolve import resolve_prepared
     from launcher.plan import describe
 
     job = _load(options, ranks=options.ranks)
-    resolved = resolve_prepared(job, prepare_data(job, workers=options.workers))
+    pool: MakePool | None = None
+    if options.on == "ray":
+        from launcher.ray.data import RayPool
+
+        pool = RayPool
+    resolved = resolve_prepared(job, prepare_data(job, workers=options.workers, pool=pool))
     print("\n".join(describe(job, facts={name: source.packed for name, source in resolved.sources.items()})))
 
 
@@ -43,6 +49,8 @@ def launch(options: Namespace) -> int:
     from launcher.places import PLACES, How
     from launcher.plan import describe
 
+    if options.address:
+        options.overrides.append(f"resources.ray.address={options.address}")
     job = _load(options, ranks=options.ranks)
     run_dir = RunDir(Path(options.run_dir or f"runs/{job.name}"))
     place = PLACES[options.on]()

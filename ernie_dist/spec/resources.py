@@ -80,7 +80,19 @@ class SlurmSpec(Strict):
 class RaySpec(Strict):
     """Settings of a Ray cluster."""
 
-    address: str | None = None
+    address: str | None = Field(None, description="of the dashboard, to submit to: http://head:8265")
+    cpus_per_node: int | None = Field(None, ge=1, description="default: one per rank")
+    labels: dict[str, str] = Field({}, description="what nodes must be labelled with: {team: law}")
+    wait_for_nodes: TimeLimit = Field(
+        timedelta(minutes=1),
+        description="before going on with fewer nodes, or stopping for want of them",
+    )
+    stop_wait: TimeLimit = Field(
+        timedelta(minutes=10), description="what `ray job stop` leaves to a run that was submitted from outside"
+    )
+    environment_file: str | None = Field(
+        None, description="NAME=VALUE lines on the head of the cluster, for the names in resources.environment"
+    )
 
 
 class ResourcesSpec(Strict):
