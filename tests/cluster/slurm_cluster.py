@@ -1,8 +1,8 @@
-"""A real Slurm cluster on this machine's loopback: munged, slurmctld and four slurmd, with nothing installed or left behind.
+"""A real Slurm cluster on loopback: munged, slurmctld and four slurmd, with nothing installed or left behind.
 
-    with SlurmCluster() as cluster:
-        job = cluster.submit("job.sbatch", "--nodes=2")
-        assert cluster.finish(job) == "COMPLETED"
+with SlurmCluster() as cluster:
+    job = cluster.submit("job.sbatch", "--nodes=2")
+    assert cluster.finish(job) == "COMPLETED"
 """
 
 from __future__ import annotations
@@ -59,21 +59,19 @@ SlurmctldParameters=preempt_send_user_signal
 # This machine's real size does not matter.
 SlurmdParameters=config_overrides
 # Quick, so that tests are.
-SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0
+SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0
 SlurmdTimeout=10
 KillWait=3
 ReturnToService=2
 JobRequeue=1
 NodeName={nodes} NodeHostname=localhost NodeAddr=127.0.0.1 Port={node_ports} CPUs=2 RealMemory=1000 State=UNKNOWN
-# GraceTime: enough for a step and a save, and not enough for it.
 PartitionName=low Nodes={nodes} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=15
-PartitionName=hasty Nodes={nodes} PriorityTier=1 PreemptMode=REQUEUE GraceTime=1
 PartitionName=high Nodes={nodes} PriorityTier=10 PreemptMode=OFF
 """
 
 
 class SlurmCluster:
-    """Nodes n1 to n4 of two CPUs each; partitions low (GraceTime 15 s), hasty (1 s), and high, which preempts them."""
+    """Nodes n1 to n4 of two CPUs each; partitions low, and high, which preempts it."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ernie-slurm-", dir="/tmp"))  # a socket's path has to be short
@@ -140,10 +138,17 @@ class SlurmCluster:
 
     # -- what happens to a cluster ------------------------------------------------------------------------------------
 
+    def preempt(self, *, grace: int) -> None:
+        """A more important job takes all nodes for a second. grace: the seconds that jobs in `low` get to leave."""
+        self.run("scontrol", "update", "PartitionName=low", f"GraceTime={grace}")
+        self.submit("--partition=high", f"--nodes={len(NODES)}", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+
     def kill_node(self, node: str) -> None:
         """Power off: the daemon, its steps and whatever ran on the node are gone at once, without a word."""
-        self._daemons.pop(f"slurmd-{node}").kill()
-        for pid in self._processes(node):
+        daemon = self._daemons.pop(f"slurmd-{node}")
+        daemon.kill()
+        daemon.wait()
+        for pid in self.processes(node):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -153,12 +158,13 @@ class SlurmCluster:
 
     def wait_idle(self, seconds: float = 60) -> None:
         """Until every node waits for a job."""
+
         def states() -> str:
             return self.run("sinfo", "--noheader", "--format=%N %T", check=False)
 
         self.wait(lambda: {line.split()[1:] == ["idle"] for line in states().splitlines()} == {True}, seconds)
 
-    def _processes(self, node: str) -> list[int]:
+    def processes(self, node: str) -> list[int]:
         """What Slurm started on a node, its slurmstepd included."""
         marks = {f"SLURM_CONF={self.environment['SLURM_CONF']}".encode(), f"SLURMD_NODENAME={node}".encode()}
         found = []
@@ -220,7 +226,7 @@ class SlurmCluster:
                 daemon.kill()
                 daemon.wait()
         for node in NODES:
-            for pid in self._processes(node):
+            for pid in self.processes(node):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
