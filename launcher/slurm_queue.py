@@ -43,11 +43,13 @@ class QueuedJob:
 
     def __str__(self) -> str:
         reason, nodes = self.fields.get("Reason", "None"), self.fields.get("NodeList", "(null)")
-        said = f"slurm job {self.job}: {self.state}"
+        said = self.state
         said += f" ({reason})" if reason not in ("None", "") else ""
         begins = self.fields.get("StartTime", "Unknown")
         if self.state == "PENDING" and begins not in ("Unknown", "N/A"):
             said += f", expected to start {begins.replace('T', ' ')}"
+        if self.state == "RUNNING" and self.end is not None:
+            said += f", until {self.fields['EndTime'].replace('T', ' ')}"
         return said if nodes in ("(null)", "") else f"{said}, on {nodes}"
 
 
