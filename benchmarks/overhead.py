@@ -125,10 +125,10 @@ def _prepared_run(scratch: Path, plan: Plan, zero: str) -> Path:
 
 
 def _launch(run_dir: Path, plan: Plan, own_arguments: list[str]) -> dict[str, Any]:
-    from launcher.node import node_environment
+    from launcher.node import rank_environment
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    environment = {**os.environ, **node_environment(RANKS), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, **rank_environment(RANKS), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     command = [*torchrun, "-m", "benchmarks.overhead", *own_arguments, "--worker", str(run_dir)]
     if subprocess.run(command, env=environment).returncode:
         raise SystemExit("overhead: a rank failed; see above")

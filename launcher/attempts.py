@@ -50,7 +50,7 @@ def run_attempts(
     while True:
         if read(run_dir.files.stop) is not None:
             return STOPPED
-        number = run_dir.new_attempt(launcher=type(launcher).__name__, ranks=job.spec.resources.world_size)
+        number = run_dir.new_attempt(launcher=launcher.name, ranks=job.spec.resources.world_size)
         lease.begin(number)
         guard = _Guard(run_dir, lease, number)
         returncode = launcher.run(Attempt(run_dir.root, number, job.spec.resources, deadline), guard.end_now)
@@ -62,6 +62,11 @@ def run_attempts(
             if end.exit_code != STOPPED or guard.reason:
                 _say(f"attempt {number} {_where(end)}; {_repeated(run_dir, job, end)}", flush=True)
             return STOPPED
+        unfit = launcher.unfit()
+        if unfit:
+            _say(f"attempt {number} {_where(end)}; {_repeated(run_dir, job, end)}", flush=True)
+            _say(f"no further attempt on these nodes: {unfit}", file=sys.stderr)
+            return STOPPED
         decision = decide(policy, history.ends(run_dir))
         if isinstance(decision, Over):
             return decision.exit_code
@@ -70,10 +75,10 @@ def run_attempts(
             _say(f"attempt {number} {_where(end)}; {_repeated(run_dir, job, end)}", flush=True)
             _say_given_up(run_dir, job, decision, describe_batch)
             return CRASHED
+        again = f"starts again in {decision.wait:.0f} s" if decision.wait else "starts again"
+        count = f" (restart {decision.number} of at most {policy.max} without a new checkpoint)"
         _say(
-            f"attempt {number} {_where(end)}; {_repeated(run_dir, job, end)}; starts again in {decision.wait:.0f} s "
-            f"(restart {decision.number} of at most {policy.max} without a new checkpoint)",
-            flush=True,
+            f"attempt {number} {_where(end)}; {_repeated(run_dir, job, end)}; {again}{count if decision.number else ''}"
         )
         if deadline is not None and time.time() + decision.wait >= deadline:
             _say("the time limit comes before that")

@@ -23,7 +23,8 @@ _VERBS = {
 _EXAMPLES = """examples:
   ernie plan three-stage-0.3b --gpus 4xA100-80G
   ernie launch job.yaml --run-dir runs/law --set curriculum.0.duration="2M tokens"
-  ernie status runs/law
+  ernie launch job.yaml --on slurm --dry-run         # the script that would be submitted
+  ernie status runs/law --watch
 """
 
 
@@ -72,18 +73,26 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         at[name].add_argument("--ranks", type=_positive, metavar="N", help="ranks on this one machine")
     at["plan"].add_argument("--gpus", metavar="NxDEVICE", help="plan for these devices, e.g. 4xA100-80G")
+    at["prepare"].add_argument(
+        "--on", choices=["local", "ray"], default="local", help="this machine, or the CPUs of the Ray cluster it is in"
+    )
     at["prepare"].add_argument("--workers", type=_positive, metavar="N", help="processes (default: all cores)")
     launch = at["launch"]
-    launch.add_argument("--on", choices=["local"], default="local", help="where to run (default: this machine)")
+    launch.add_argument(
+        "--on", choices=["local", "slurm", "ray"], default="local", help="where to run (default: this machine)"
+    )
+    launch.add_argument("--address", metavar="URL", help="of a Ray cluster to submit to: http://head:8265")
     launch.add_argument("--run-dir", metavar="DIR", help="default: runs/NAME")
     launch.add_argument(
         "--workers", type=_positive, metavar="N", help="processes that prepare data (default: all cores)"
     )
     launch.add_argument("--no-restart", action="store_true", help="do not start a crashed run again (restarts.max 0)")
     launch.add_argument("--wait", action="store_true", help="if another launch runs there, wait for its end")
-    launch.add_argument("--dry-run", action="store_true", help="show the plan and the command, start nothing")
+    launch.add_argument("--dry-run", action="store_true", help="show the plan and the script, start nothing")
+    launch.add_argument("--follow", action="store_true", help="print the log of what was submitted until it ends")
     for name in ("status", "logs", "stop", "report", "export"):
         at[name].add_argument("run_dir", metavar="RUN_DIR")
+    at["status"].add_argument("--watch", action="store_true", help="again every two seconds, until the run is over")
     at["logs"].add_argument("-f", "--follow", action="store_true", help="go on printing what is added")
     at["logs"].add_argument("--rank", type=int, default=0, metavar="R", help="whose log (default: 0)")
     at["stop"].add_argument("--now", action="store_true", help="end it at once, without a checkpoint of this step")

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ernie_dist.spec.run_files import checkpoint_step, complete_checkpoints
-from launcher.base import CRASHED
+from ernie_dist.spec.stop_file import read as read_stop
+from launcher.base import CRASHED, STOPPED
 from launcher.restart import AttemptEnd
 from launcher.run_dir import RunDir
 
@@ -38,13 +39,18 @@ def cause(run_dir: RunDir, attempt: int, returncode: int | None) -> Cause:
     returncode: of the node command, negative for a signal; None if nobody waited for it.
     """
     files = run_dir.files
+    unfit = unfit_nodes(run_dir, attempt)
+    if unfit:
+        said = "; ".join(f"{host}: {why}" for host, why in unfit.items())
+        return Cause(CRASHED, f"a node is not fit: {said}", kind="UnfitNode")
     logs = sorted(files.attempt(attempt).glob("node_*.log"))
     text = "\n".join(log.read_text(encoding="utf-8", errors="replace") for log in logs)
     killed = [(int(rank), int(number)) for rank, number in _FAILURE.findall(text) if int(number) != _SIGTERM]
     ending = run_dir.ending(attempt)
     if killed and not (ending and ending.get("kind") == "Hang"):  # there it was the watchdog that killed
         rank, number = killed[0]
-        return Cause(CRASHED, f"rank {rank} was killed by signal {number}", log=files.rank_log(attempt, rank))
+        where = _on_node(run_dir, attempt, rank)
+        return Cause(CRASHED, f"rank {rank}{where} was killed by signal {number}", log=files.rank_log(attempt, rank))
     if ending is None:
         how = "unseen" if returncode is None else f"exit code {returncode}"
         how = f"signal {-returncode}" if returncode is not None and returncode < 0 else how
@@ -52,13 +58,15 @@ def cause(run_dir: RunDir, attempt: int, returncode: int | None) -> Cause:
     code = int(ending["exit_code"])
     if "message" not in ending:
         return Cause(code)
-    said = f"{ending['message']} ({ending['kind']} in rank {ending['rank']})" if code == CRASHED else ending["message"]
+    rank = int(ending["rank"])
+    where = f"{ending['kind']} in rank {rank}{_on_node(run_dir, attempt, rank)}"
+    said = f"{ending['message']} ({where})" if code == CRASHED else ending["message"]
     return Cause(
         code,
         said,
         final=bool(ending.get("final")),
         kind=ending["kind"],
-        log=files.rank_log(attempt, int(ending["rank"])),
+        log=files.rank_log(attempt, rank),
     )
 
 
@@ -74,6 +82,7 @@ def record_end(run_dir: RunDir, attempt: int, found: Cause) -> AttemptEnd:
         after_step=_last_step(run_dir, attempt),
         checkpoint_before=int(_read(run_dir.files.attempt(attempt) / "launch.json").get("checkpoint", 0)),
         checkpoint=checkpoint_step(checkpoints[0]) if checkpoints else 0,
+        again=found.exit_code == STOPPED and _goes_on(run_dir, attempt),
     )
     _write(run_dir, end)
     return end
@@ -99,6 +108,29 @@ def ends(run_dir: RunDir) -> list[AttemptEnd]:
 def has_begun(run_dir: RunDir, attempt: int) -> bool:
     """Whether the attempt has anything to lose: until then its ranks are starting up."""
     return _start(run_dir, attempt) is not None
+
+
+def nodes(run_dir: RunDir, attempt: int) -> list[dict[str, Any]]:
+    """The nodes of an attempt that came up, first one first: {"host", "ranks": [first, last], "unhealthy"}."""
+    found = (_read(path) for path in sorted((run_dir.files.node(attempt, 0).parent).glob("*.json")))
+    return [node for node in found if "host" in node and "ranks" in node]
+
+
+def unfit_nodes(run_dir: RunDir, attempt: int) -> dict[str, str]:
+    """host -> why no rank should run on it."""
+    return {node["host"]: node["unhealthy"] for node in nodes(run_dir, attempt) if "unhealthy" in node}
+
+
+def _on_node(run_dir: RunDir, attempt: int, rank: int) -> str:
+    """ " on n7", where there is more than one node."""
+    known = nodes(run_dir, attempt)
+    hosts = [node["host"] for node in known if node["ranks"][0] <= rank <= node["ranks"][1]]
+    return f" on {hosts[0]}" if hosts and len(known) > 1 else ""
+
+
+def _goes_on(run_dir: RunDir, attempt: int) -> bool:
+    note = read_stop(run_dir.files.signalled(attempt))
+    return note is not None and note.again
 
 
 def _last_step(run_dir: RunDir, attempt: int) -> int | None:

@@ -7,30 +7,28 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from ernie_dist.spec.errors import ErnieError, RunDirError, SpecError
+from ernie_dist.spec.errors import ErnieError, RunDirError
 from ernie_dist.spec.job import JobSpec
 from ernie_dist.spec.lease import Lease
 from ernie_dist.spec.resolve import ResolvedJob
 from ernie_dist.spec.stop_file import SIGNALS, StopNote, ask, read
 from launcher.attempts import run_attempts
-from launcher.base import FINISHED, STOPPED, Attempt
-from launcher.local import LocalLauncher
-from launcher.plan import describe
+from launcher.base import FINISHED, STOPPED, Launcher
 from launcher.run_dir import RunDir
 
 
 def launch_job(
     job: JobSpec,
     run_dir: RunDir,
+    launcher: Launcher,
     *,
     workers: int | None,
-    dry_run: bool,
     restart: bool = True,
     wait: bool = False,
 ) -> int:
@@ -39,15 +37,6 @@ def launch_job(
     restart: start crashed attempts again, as the job says. wait: for another launch in the same directory to end.
     """
     begun = time.time()
-    if job.resources.nodes > 1:
-        raise SpecError(
-            f"resources.nodes = {job.resources.nodes}: this launcher has one node; give --ranks N to run here"
-        )
-    launcher = LocalLauncher()
-    if dry_run:
-        print("\n".join(describe(job)))
-        print(f"\n{launcher.render(Attempt(run_dir.root, 1, job.resources))}")
-        return FINISHED
     run_dir.refuse_foreign_files()
     with ExitStack() as held:
         lease: Lease | None = None
@@ -60,15 +49,14 @@ def launch_job(
             lease = held.enter_context(run_dir.owned(wait=wait))
         for change in run_dir.freeze(resolved):
             print(f"changed since the last attempt: {change}")
-        limit = job.resources.time_limit
-        with _signals_become(run_dir.files.stop):
+        with _signals_become(run_dir.files.stop, launcher.notice):
             code = run_attempts(
                 launcher,
                 run_dir,
                 resolved,
                 lease,
                 policy=job.restarts if restart else job.restarts.model_copy(update={"max": 0}),
-                deadline=begun + limit.total_seconds() if limit else None,
+                deadline=_deadline(job, launcher, begun),
                 describe_batch=partial(_describe_batch, resolved),
             )
         if code == FINISHED:
@@ -76,6 +64,13 @@ def launch_job(
     if code == STOPPED:
         print(f"stopped; the same command goes on ({run_dir.root})")
     return code
+
+
+def _deadline(job: JobSpec, launcher: Launcher, begun: float) -> float | None:
+    """In seconds since the epoch: of the nodes, or of the launch that a time limit was set for."""
+    limit = job.resources.time_limit
+    ends = [launcher.deadline, begun + limit.total_seconds() if limit else None]
+    return min((end for end in ends if end is not None), default=None)
 
 
 def _prepared(job: JobSpec, run_dir: RunDir, workers: int | None) -> ResolvedJob:
@@ -123,7 +118,7 @@ def _interrupted_by(stop: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _signals_become(stop: Path) -> Iterator[None]:
+def _signals_become(stop: Path, notice: Callable[[], float | None]) -> Iterator[None]:
     """The first signal asks for a stop with a checkpoint; a second Ctrl-C for one at once."""
     asked = False
 
@@ -131,7 +126,7 @@ def _signals_become(stop: Path) -> Iterator[None]:
         nonlocal asked
         now = asked and number == signal.SIGINT
         if not asked or now:
-            ask(stop, StopNote(signal.Signals(number).name, now=now))
+            ask(stop, StopNote(signal.Signals(number).name, notice(), now=now))
             again = "; press Ctrl-C again to end without one" if number == signal.SIGINT else ""
             said = "ending at once; the last checkpoint stays" if now else f"stopping, with a checkpoint{again}"
             os.write(2, f"\n{said}\n".encode())  # print() may be what was interrupted

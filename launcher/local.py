@@ -11,29 +11,26 @@ from contextlib import suppress
 from functools import partial
 
 from ernie_dist.spec.orphan import die_with_parent
-from launcher.base import Attempt
-from launcher.node import Nodes, node_command, node_environment
+from launcher.base import Attempt, Launcher
+from launcher.node import Nodes, node_command
 from launcher.run_dir import RunDir
 
 
-class LocalLauncher:
+class LocalLauncher(Launcher):
     """Runs the node command in a session of its own, so that Ctrl-C reaches us and not the ranks."""
 
+    name = "local"
+
     def render(self, attempt: Attempt) -> str:
-        ranks = attempt.resources.gpus_per_node
-        variables = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in node_environment(ranks).items())
-        command = shlex.join(node_command(attempt.run_dir, attempt.number, Nodes(1, ranks)))
-        return f"#!/usr/bin/env bash\nset -euo pipefail\n{variables}\nexec {command}\n"
+        return f"#!/usr/bin/env bash\nexec {shlex.join(_command(attempt))}\n"
 
     def run(self, attempt: Attempt, end_now: Callable[[], bool]) -> int:
         run_dir = RunDir(attempt.run_dir)
         folder = run_dir.files.attempt(attempt.number)
         (folder / "launch.sh").write_text(self.render(attempt), encoding="utf-8")
-        ranks = attempt.resources.gpus_per_node
         with open(folder / "node_0000.log", "wb", opener=partial(os.open, mode=0o600)) as log:
             process = subprocess.Popen(
-                node_command(attempt.run_dir, attempt.number, Nodes(1, ranks)),
-                env={**os.environ, **node_environment(ranks, attempt.deadline)},
+                _command(attempt),
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
@@ -49,3 +46,15 @@ class LocalLauncher:
                 os.killpg(process.pid, signal.SIGKILL)  # the ranks go with their parent
                 process.wait()
         return process.returncode
+
+
+def _command(attempt: Attempt) -> list[str]:
+    resources = attempt.resources
+    return node_command(
+        attempt.run_dir,
+        attempt.number,
+        Nodes(1, resources.gpus_per_node),
+        node_rank=0,
+        deadline=attempt.deadline,
+        health_check=resources.health_check,
+    )

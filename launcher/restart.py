@@ -10,7 +10,7 @@ from itertools import takewhile
 from ernie_dist.spec.resilience import RestartSpec
 from launcher.base import FINISHED, STOPPED, WRONG
 
-_ELSEWHERE = ("BadNumbersError", "CheckpointReadError", "CheckpointWriteError", "Hang", "RanksDiffer")
+_ELSEWHERE = ("BadNumbersError", "CheckpointReadError", "CheckpointWriteError", "Hang", "RanksDiffer", "UnfitNode")
 """errors whose cause is not in the data of the step they came at; they count towards restarts.max"""
 LONGEST_WAIT = timedelta(minutes=10)
 
@@ -34,6 +34,8 @@ class AttemptEnd:
     """the same, when it had ended"""
     kind: str = ""
     """the error's, where a rank could name one"""
+    again: bool = False
+    """it stopped because its nodes are taken away, and others may be had"""
     given_up: bool = False
     """the run was given up after it: whoever launches it again begins a new count"""
 
@@ -72,6 +74,9 @@ class GiveUp:
 def decide(spec: RestartSpec, ends: Sequence[AttemptEnd]) -> Over | Restart | GiveUp:
     """What to do after the last of `ends`, the attempts of a run in order."""
     last = ends[-1]
+    if last.again:
+        fruitless = without_progress(ends)
+        return GiveUp(_no_progress(spec, fruitless)) if fruitless > spec.max else Restart(0.0, fruitless)
     if last.exit_code in (FINISHED, WRONG, STOPPED):
         return Over(last.exit_code)
     if last.final:
@@ -86,10 +91,22 @@ def decide(spec: RestartSpec, ends: Sequence[AttemptEnd]) -> Over | Restart | Gi
     # The first attempt is no restart, and one that reached a new checkpoint is forgiven.
     fruitless = sum(1 for _ in takewhile(lambda end: not end.moved_forward, reversed(row[1:])))
     if fruitless >= spec.max:
-        said = f"{fruitless} restarts in a row reached no new checkpoint" if fruitless else "it is not to be restarted"
-        return GiveUp(f"{said} (restarts.max {spec.max})")
+        return GiveUp(_no_progress(spec, fruitless))
     wait = min(spec.wait.total_seconds() * 2**fruitless, LONGEST_WAIT.total_seconds())
     return Restart(wait, fruitless + 1)
+
+
+def without_progress(ends: Sequence[AttemptEnd]) -> int:
+    """Attempts in a row, up to the last, that reached no new checkpoint, however they ended; at most back to the last
+    time a run was given up."""
+    if not ends or ends[-1].given_up:
+        return 0
+    return sum(1 for _ in takewhile(lambda end: not end.moved_forward and not end.given_up, reversed(ends)))
+
+
+def _no_progress(spec: RestartSpec, fruitless: int) -> str:
+    said = f"{fruitless} restarts in a row reached no new checkpoint" if fruitless else "it is not to be restarted"
+    return f"{said} (restarts.max {spec.max})"
 
 
 def _crashes_in_a_row(ends: Sequence[AttemptEnd]) -> list[AttemptEnd]:

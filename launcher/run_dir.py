@@ -20,7 +20,7 @@ from ernie_dist.spec.lease import Holder, Lease, current
 from ernie_dist.spec.resolve import ResolvedJob
 from ernie_dist.spec.run_files import RunFiles, checkpoint_step, complete_checkpoints, read_state
 
-_OURS = (".lock", "lease")
+_OURS = (".lock", "lease", "submission")
 """what a launch leaves in a folder before the job is frozen there"""
 
 

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
+from launcher import history
 from launcher.plan import duration
 from launcher.run_dir import RunDir
+from launcher.submission import Submission
 
 
 def describe_run(run_dir: RunDir) -> list[str]:
-    """State, attempt, stage, step, loss, speed and time left, one line each."""
+    """State, queue, attempt, nodes, stage, step, loss, speed and time left, one line each."""
     from ernie_dist.events.goodput import of_run
     from ernie_dist.events.history import read_metrics
 
-    job, attempt = run_dir.job(), run_dir.last_attempt()
-    steps = read_metrics(run_dir.files.metrics)
-    lines = [f"run        {run_dir.root}", f"state      {_state(run_dir, attempt)}", f"attempt    {attempt}"]
+    attempt, submission = run_dir.last_attempt(), Submission.read(run_dir.files)
+    lines = [f"run        {run_dir.root}"]
+    if submission is not None:
+        lines.append(f"queue      {submission.described()}")
+    if not run_dir.exists():
+        return [*lines, "state      submitted; nothing of it has begun"]
+    job, steps = run_dir.job(), read_metrics(run_dir.files.metrics)
+    again = f" ({attempt - 1} restart{'s' if attempt > 2 else ''})" if attempt > 1 else ""
+    waits = submission is not None and submission.in_queue() and not run_dir.is_running()
+    state = "in the queue, to go on from there" if waits and attempt else _state(run_dir, attempt)
+    lines += [f"state      {state}", f"attempt    {attempt}{again}"]
+    nodes = [node.get("host", "?") for node in history.nodes(run_dir, attempt)]
+    if len(nodes) > 1:
+        lines.append(f"nodes      {', '.join(nodes)}")
     if not steps:
         return [*lines, "step       none yet"]
     last = steps[-1]
@@ -32,6 +46,18 @@ def describe_run(run_dir: RunDir) -> list[str]:
         f"goodput    {_shares(of_run(run_dir.files, job))}",
         f"last step  {duration(max(0.0, time.time() - last['time']))} ago",
     ]
+
+
+def watch(run_dir: RunDir, *, every: float = 2.0) -> None:
+    """Describes the run again and again, until it is over. every: seconds."""
+    while True:
+        text = "\n".join(describe_run(run_dir))
+        print(f"\033[H\033[J{text}" if sys.stdout.isatty() else f"{text}\n", flush=True)
+        submission = Submission.read(run_dir.files)
+        runs = run_dir.exists() and run_dir.is_running()
+        if not runs and not (submission is not None and submission.in_queue()):
+            return
+        time.sleep(every)
 
 
 def _shares(seconds: dict[str, float]) -> str:

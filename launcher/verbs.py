@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -16,6 +15,7 @@ from ernie_dist.spec.lease import Vigil
 from ernie_dist.spec.run_files import checkpoint_step, complete_checkpoints
 from ernie_dist.spec.stop_file import StopNote, ask
 from launcher.run_dir import RunDir
+from launcher.submission import Submission
 
 
 def plan(options: Namespace) -> None:
@@ -30,57 +30,64 @@ def plan(options: Namespace) -> None:
 
 
 def prepare(options: Namespace) -> None:
+    from ernie_dist.data.prepare import MakePool
     from ernie_dist.data.prepare import prepare as prepare_data
     from ernie_dist.data.resolve import resolve_prepared
     from launcher.plan import describe
 
     job = _load(options, ranks=options.ranks)
-    resolved = resolve_prepared(job, prepare_data(job, workers=options.workers))
+    pool: MakePool | None = None
+    if options.on == "ray":
+        from launcher.ray.data import RayPool
+
+        pool = RayPool
+    resolved = resolve_prepared(job, prepare_data(job, workers=options.workers, pool=pool))
     print("\n".join(describe(job, facts={name: source.packed for name, source in resolved.sources.items()})))
 
 
 def launch(options: Namespace) -> int:
-    from launcher.launch import launch_job
+    from launcher.places import PLACES, How
+    from launcher.plan import describe
 
+    if options.address:
+        options.overrides.append(f"resources.ray.address={options.address}")
     job = _load(options, ranks=options.ranks)
     run_dir = RunDir(Path(options.run_dir or f"runs/{job.name}"))
-    return launch_job(
-        job,
-        run_dir,
-        workers=options.workers,
-        dry_run=options.dry_run,
-        restart=not options.no_restart,
-        wait=options.wait,
-    )
+    place = PLACES[options.on]()
+    if options.dry_run:
+        shown = place.dry_run(job, run_dir)
+        print("\n".join([*describe(job), "", shown]))
+        return 0
+    how = How(options.workers, restart=not options.no_restart, wait=options.wait, follow=options.follow)
+    return place.launch(job, run_dir, how)
 
 
 def status(options: Namespace) -> None:
-    from launcher.status import describe_run
+    from launcher.status import describe_run, watch
 
-    print("\n".join(describe_run(_existing(options.run_dir))))
+    run_dir = _existing(options.run_dir)
+    if options.watch:
+        watch(run_dir)
+    else:
+        print("\n".join(describe_run(run_dir)))
 
 
 def logs(options: Namespace) -> None:
-    run_dir = _existing(options.run_dir)
-    attempt = run_dir.last_attempt()
-    path = run_dir.files.rank_log(attempt, options.rank)
-    if not path.is_file():
-        raise RunDirError(
-            f"{path}: no such log; attempt {attempt} has {run_dir.job().spec.resources.world_size} rank(s)"
-        )
-    with path.open("rb") as file:
-        while True:
-            sys.stdout.buffer.write(file.read())
-            sys.stdout.buffer.flush()
-            if not options.follow or (not run_dir.is_running() and run_dir.last_attempt() == attempt):
-                return
-            time.sleep(0.5)
+    from launcher.logs import print_logs
+
+    print_logs(_existing(options.run_dir), options.rank, follow=options.follow)
 
 
 def stop(options: Namespace) -> int:
     run_dir = _existing(options.run_dir)
     if not run_dir.is_running():
-        print("nothing is running here")
+        submission = Submission.read(run_dir.files)
+        if submission is not None and submission.in_queue():  # nothing of it has begun
+            said = submission.described()
+            submission.cancel()
+            print(f"cancelled: {said}")
+        else:
+            print("nothing is running here")
         return 0
     ask(run_dir.files.stop, StopNote("ernie stop", notice=options.notice, now=options.now))
     print("asked to end at once" if options.now else "asked to stop after this step, with a checkpoint")
@@ -146,7 +153,7 @@ def _load(options: Namespace, *, ranks: int | None) -> JobSpec:
 
 def _existing(path: str) -> RunDir:
     run_dir = RunDir(Path(path))
-    if not run_dir.exists():
+    if not run_dir.exists() and Submission.read(run_dir.files) is None:
         raise RunDirError(f"{path}: is not a run directory (no job.json); `ernie launch` makes one")
     return run_dir
 

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -24,22 +25,25 @@ from ernie_dist.data.index import plan_missing_packs, write_index
 from ernie_dist.data.inputs import unpacked_bytes
 from ernie_dist.data.shard import Manifest, PreparedSource, read_shards
 from ernie_dist.data.survey import PlannedSource, PreparedJob, Survey, data_dir_of, differences, prepared_job, survey
-from ernie_dist.data.tokenise import Workers, bad_rows_error, stored_bad_rows, tokenise
+from ernie_dist.data.tokenise import Pool, Workers, bad_rows_error, stored_bad_rows, tokenise
 from ernie_dist.data.tokenizer import PublishedTokenizer
 from ernie_dist.data.vocabulary import training_texts
 from ernie_dist.spec.errors import DataError, EnvironmentProblem
 from ernie_dist.spec.job import JobSpec
 
-__all__ = ["PreparedJob", "differences", "prepare", "survey"]
+__all__ = ["MakePool", "PreparedJob", "differences", "prepare", "survey"]
 
 log = logging.getLogger(__name__)
 
 _SMALL = 8 << 20
 """bytes of input below which starting processes costs more than it gains"""
+MakePool = Callable[[PublishedTokenizer], Pool]
 
 
-def prepare(job: JobSpec, *, workers: int | None = None, show_progress: bool = True) -> PreparedJob:
-    """Tokenises, splits and packs what is not yet, with `workers` processes (default: one per core).
+def prepare(
+    job: JobSpec, *, workers: int | None = None, pool: MakePool | None = None, show_progress: bool = True
+) -> PreparedJob:
+    """Tokenises, splits and packs what is not yet, with `workers` processes (default: one per core), or on the `pool`.
 
     What is done stays done: an interrupted run goes on after its last finished shard, and a run with nothing to do
     takes no time. Raises DataError; what was finished before is kept.
@@ -48,7 +52,7 @@ def prepare(job: JobSpec, *, workers: int | None = None, show_progress: bool = T
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with _locked(data_dir):
-            return _prepare(job, data_dir, workers, show_progress)
+            return _prepare(job, data_dir, workers, pool, show_progress)
     except OSError as error:
         free = f"{shutil.disk_usage(data_dir).free:,} bytes free" if data_dir.exists() else "no such folder"
         raise EnvironmentProblem(
@@ -57,7 +61,9 @@ def prepare(job: JobSpec, *, workers: int | None = None, show_progress: bool = T
         ) from None
 
 
-def _prepare(job: JobSpec, data_dir: Path, workers: int | None, show_progress: bool) -> PreparedJob:
+def _prepare(
+    job: JobSpec, data_dir: Path, workers: int | None, pool: MakePool | None, show_progress: bool
+) -> PreparedJob:
     found = Survey(job)
     published = found.find_tokenizer() or _publish_tokenizer(found)
     for name, source in job.sources.items():
@@ -70,7 +76,8 @@ def _prepare(job: JobSpec, data_dir: Path, workers: int | None, show_progress: b
             _finish(job, item)
     if missing:
         _check_disk_space(data_dir, missing, published.vocab_size)
-        _prepare_missing(found, missing, published, workers, show_progress)
+        count = workers or (1 if sum(item.size for item in missing) < _SMALL else len(os.sched_getaffinity(0)))
+        _prepare_missing(found, missing, published, pool or partial(Workers, count), show_progress)
     return prepared_job(published, planned)
 
 
@@ -122,12 +129,11 @@ def _check_disk_space(data_dir: Path, missing: list[PlannedSource], vocab_size: 
 
 
 def _prepare_missing(
-    found: Survey, missing: list[PlannedSource], published: PublishedTokenizer, count: int | None, show_progress: bool
+    found: Survey, missing: list[PlannedSource], published: PublishedTokenizer, pool: MakePool, show_progress: bool
 ) -> None:
     total = sum(item.size for item in missing)
-    count = count or (1 if total < _SMALL else len(os.sched_getaffinity(0)))
     token_type = "uint16" if published.vocab_size <= 1 << 16 else "uint32"
-    with Workers(count, published) as workers, _Progress(total, show_progress) as progress:
+    with pool(published) as workers, _Progress(total, show_progress) as progress:
         for item in missing:
             began, advance = time.monotonic(), progress.start(item.name)
             records = tokenise(item.name, item.source, item.inputs, item.tokens_folder, token_type, workers, advance)

@@ -1,6 +1,6 @@
 """One source's blocks -> shards on disk, in parallel and in order, resumable after any finished shard.
 
-read_blocks --bounded queue--> worker processes: rows -> documents -> tokens --in order--> 00000/ 00001/ ...
+read_blocks --bounded queue--> workers: rows -> documents -> tokens --in order--> 00000/ 00001/ ...
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -63,22 +63,42 @@ class Encoded:
     bad: list[BadLine]
 
 
+class Pool(Protocol):
+    """Whoever encodes the blocks of a source: processes of this machine, or those of a cluster. Used in a `with`."""
+
+    def encode(
+        self, source: SourceSpec, inputs: list[Input], start: Position, wanted: Callable[[], bool]
+    ) -> Iterator[tuple[Block, Encoded]]:
+        """Reads the blocks of a source from `start` on and encodes them, a bounded number at a time.
+
+        Results come in order, with their blocks, payload left out. `wanted` may be asked, block by block, whether
+        tokens are still of use; without them the rows are only checked.
+        """
+        ...
+
+    def __enter__(self) -> Pool: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None: ...
+
+
 class Workers:
     """Processes that encode blocks, started at the first; with count 1 this process does it. Use it in a `with`."""
 
     def __init__(self, count: int, tokenizer: PublishedTokenizer) -> None:
         self._count = count
-        self._given = (tokenizer.folder / "tokenizer.json", tokenizer.stop_id, tokenizer.frame)
+        self._tokenizer = tokenizer
         self._pool: ProcessPoolExecutor | None = None
         self._started = False
 
     def _start(self) -> None:
         self._started = True
         if self._count == 1:
-            _start_encoder(*self._given)
+            start_encoder(self._tokenizer)
             return
         # Never fork: this process may hold threads and locks (tokenizers, pyarrow).
-        self._pool = ProcessPoolExecutor(self._count, get_context("spawn"), _start_worker, self._given)
+        self._pool = ProcessPoolExecutor(self._count, get_context("spawn"), _start_worker, (self._tokenizer,))
         # Children inherit the mask: a Ctrl-C while they start would make each of them print a traceback.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -87,18 +107,19 @@ class Workers:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def encode(self, tasks: Iterator[tuple[Block, SourceSpec, bool]]) -> Iterator[tuple[Block, Encoded]]:
-        """Encodes blocks, a bounded number at a time. Results come in order, with their blocks, payload left out."""
+    def encode(
+        self, source: SourceSpec, inputs: list[Input], start: Position, wanted: Callable[[], bool]
+    ) -> Iterator[tuple[Block, Encoded]]:
         waiting: deque[tuple[Block, Future[Encoded]]] = deque()
         try:
-            for block, source, encode in tasks:
+            for block in read_blocks(source, inputs, start):
                 if not self._started:
                     self._start()
                 bare = replace(block, payload=b"")
                 if self._pool is None:
-                    yield bare, encode_block(block, source, encode)
+                    yield bare, encode_block(block, source, wanted())
                     continue
-                waiting.append((bare, self._pool.submit(encode_block, block, source, encode)))
+                waiting.append((bare, self._pool.submit(encode_block, block, source, wanted())))
                 if len(waiting) >= 3 * self._count:
                     bare, future = waiting.popleft()
                     yield bare, future.result()
@@ -125,12 +146,13 @@ class Workers:
 _encoder: Encoder | None = None
 
 
-def _start_encoder(tokenizer_json: Path, stop_id: int, frame: Any) -> None:
+def start_encoder(tokenizer: PublishedTokenizer) -> None:
+    """Makes this process ready for `encode_block`."""
     global _encoder
-    _encoder = Encoder(tokenizer_json, stop_id, frame)
+    _encoder = Encoder(tokenizer.folder / "tokenizer.json", tokenizer.stop_id, tokenizer.frame)
 
 
-def _start_worker(tokenizer_json: Path, stop_id: int, frame: Any) -> None:
+def _start_worker(tokenizer: PublishedTokenizer) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends us in order
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each: there is a process per core
     parent = parent_process()
@@ -141,7 +163,7 @@ def _start_worker(tokenizer_json: Path, stop_id: int, frame: Any) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    _start_encoder(tokenizer_json, stop_id, frame)
+    start_encoder(tokenizer)
 
 
 def encode_block(block: Block, source: SourceSpec, encode: bool) -> Encoded:
@@ -179,7 +201,7 @@ def tokenise(
     inputs: list[Input],
     folder: Path,
     token_type: str,
-    workers: Workers,
+    workers: Pool,
     advance: Callable[[int, int, int], None],
 ) -> list[ShardRecord]:
     """Writes the shards of a source that are still missing in `folder`, and returns all of them.
@@ -201,14 +223,13 @@ def tokenise(
     advance(consumed, 0, 0)
     shard_bytes = max(SHARD_BYTES, sum(unpacked_bytes(file) for item in inputs for file in item.files) // _SHARDS)
     bad: list[BadLine] = []
-    # Once a row is bad nothing more is encoded: the rest is only checked, to list more bad rows at once.
-    tasks = ((block, source, not bad) for block in read_blocks(source, inputs, start))
     end = start
     with ExitStack() as stack:
         writer: _ShardWriter | None = None
-        for block, encoded in workers.encode(tasks):
+        # Once a row is bad nothing more is encoded: the rest is only checked, to list more bad rows at once.
+        for block, encoded in workers.encode(source, inputs, start, lambda: not bad):
             if fails and (bad or encoded.bad):
-                bad += encoded.bad
+                bad.extend(encoded.bad)
                 advance(block.consumed, encoded.rows, 0)
                 if len(bad) >= REPORTED:
                     break

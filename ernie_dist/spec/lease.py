@@ -25,6 +25,8 @@ from ernie_dist.spec.run_files import RunFiles
 
 BEAT, PATIENCE = 5.0, 30.0
 """seconds between two heartbeats; seconds without one, on the reader's clock, that make a lease stale"""
+RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""variable by which Ray tells the entry point of a job which one it is"""
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,8 @@ def _started(pid: int) -> str:
 
 
 def _job() -> str:
-    for name, variable in (("slurm", "SLURM_JOB_ID"), ("ray", "RAY_JOB_ID")):
-        if os.environ.get(variable):
-            return f"{name} {os.environ[variable]}"
+    with suppress(KeyError, ValueError):
+        return f"ray {json.loads(os.environ[RAY_JOB])['metadata']['job_submission_id']}"
+    with suppress(KeyError):
+        return f"slurm {os.environ['SLURM_JOB_ID']}"
     return ""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from datetime import timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from ernie_dist.spec.strict import Strict
 
@@ -35,24 +35,77 @@ TimeLimit = Annotated[
 ]
 
 
+def _variable_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*", value):
+        raise ValueError("needs the name of a variable, without a value: WANDB_API_KEY")
+    return value
+
+
+EnvironmentName = Annotated[str, AfterValidator(_variable_name)]
+
+
+class ContainerSpec(Strict):
+    """The image in which each node's ranks run."""
+
+    image: str = Field(description="what --container-image or apptainer takes")
+    kind: Literal["pyxis", "apptainer"] = "pyxis"
+    mounts: tuple[str, ...] = Field((), description="host:container[:options]; the run directory has to be seen")
+    python: str = Field("python", description="the interpreter in the image that has ernie_dist")
+
+
 class SlurmSpec(Strict):
     """Site settings of a Slurm cluster."""
 
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
+    reservation: str | None = None
+    constraint: str | None = None
+    exclude: str | None = Field(None, description="nodes never to use, such as n[3,7]")
+    exclusive: bool = Field(False, description="whole nodes, shared with no other job")
+    gpus: bool | str = Field(
+        True, description="a type of GPU to ask for, such as a100; false on a cluster without GPUs"
+    )
+    cpus_per_node: int | None = Field(None, ge=1)
+    memory: str | None = Field(None, description="of each node, as --mem takes it: 480G; 0 is all of it")
+    notice: TimeLimit | None = Field(
+        None, description="how long before its end Slurm warns the job; default: by what saves took, else 2m"
+    )
+    modules: tuple[str, ...] = Field((), description="for `module load`")
+    setup: tuple[str, ...] = Field((), description="lines of shell to begin with: conda activate, export NCCL_...")
+    container: ContainerSpec | None = None
+    options: tuple[str, ...] = Field((), description="further options of sbatch, as written: --mail-type=FAIL")
 
 
 class RaySpec(Strict):
     """Settings of a Ray cluster."""
 
-    address: str | None = None
+    address: str | None = Field(None, description="of the dashboard, to submit to: http://head:8265")
+    cpus_per_node: int | None = Field(None, ge=1, description="default: one per rank")
+    labels: dict[str, str] = Field({}, description="what nodes must be labelled with: {team: law}")
+    wait_for_nodes: TimeLimit = Field(
+        timedelta(minutes=1),
+        description="before going on with fewer nodes, or stopping for want of them",
+    )
+    stop_wait: TimeLimit = Field(
+        timedelta(minutes=10), description="what `ray job stop` leaves to a run that was submitted from outside"
+    )
+    environment_file: str | None = Field(
+        None, description="NAME=VALUE lines on the head of the cluster, for the names in resources.environment"
+    )
 
 
 class ResourcesSpec(Strict):
     nodes: int = Field(1, ge=1)
+    min_nodes: int | None = Field(None, ge=1, description="go on with so few if nodes are lost for good; Ray alone")
     gpus_per_node: int = Field(1, ge=1, description="ranks per node; without GPUs that many CPU ranks")
     time_limit: TimeLimit | None = Field(None, description="24h, 90m, 1d12h")
+    health_check: str | None = Field(
+        None, description="a line of shell run on every node before each attempt; a node where it fails is left out"
+    )
+    environment: tuple[EnvironmentName, ...] = Field(
+        (), description="names of variables to take along to the nodes, besides the usual ones"
+    )
     slurm: SlurmSpec = SlurmSpec()
     ray: RaySpec = RaySpec()
 

@@ -2,6 +2,7 @@
 
 RUN_DIR/
   job.json             the resolved job
+  submission/          what a scheduler was given: the job as it was then, the script; its handle and its log
   attempts/0001/       launch.json, one log per rank, error.json, end.json, stacks_rank_00000.txt after a hang
   metrics.jsonl        one line per optimizer step; of a step written twice the later attempt counts
   events.jsonl         everything else that happened
@@ -41,6 +42,10 @@ class RunFiles:
     @property
     def lease(self) -> Path:
         return self.root / "lease"
+
+    @property
+    def submission(self) -> Path:
+        return self.root / "submission"
 
     @property
     def metrics(self) -> Path:
@@ -90,7 +95,7 @@ class RunFiles:
         return self.attempt(attempt) / f"rank_{rank:05d}.log"
 
     def node(self, attempt: int, node_rank: int) -> Path:
-        """Which machine a node of an attempt is, and why it is not fit, if it is not: JSON, host and unhealthy."""
+        """Which machine a node of an attempt is: JSON with its host and ranks, and why it is unhealthy, if it is."""
         return self.attempt(attempt) / "nodes" / f"{node_rank:04d}.json"
 
     def node_log(self, attempt: int, node_rank: int) -> Path:

@@ -31,6 +31,12 @@ class StopNote:
     """seconds until the machine is gone, counted from when the file is first seen"""
     now: bool = False
     """do not wait for the step, nor for a checkpoint"""
+    again: bool = False
+    """the run goes on by itself: only the nodes of this attempt are to be taken away"""
+
+    @property
+    def is_signal(self) -> bool:
+        return self.reason in {number.name for number in SIGNALS}
 
 
 def ask(file: Path, note: StopNote) -> None:

@@ -20,7 +20,7 @@ from ernie_dist.events.history import read_events, read_metrics
 from ernie_dist.heartbeat import node_folder, rank_file, read_pulse
 from ernie_dist.spec.job import load_job
 from ernie_dist.spec.run_files import RunFiles
-from launcher.node import node_environment
+from launcher.node import rank_environment
 from launcher.run_dir import RunDir
 
 pytestmark = [pytest.mark.distributed, pytest.mark.faults]
@@ -119,7 +119,7 @@ def test_a_rank_that_never_comes_or_holds_the_interpreter_lock_is_named(runs, mo
     process, *others = [
         subprocess.Popen(
             [*command, "--nproc-per-node", str(2 // nodes), str(worker), str(run_dir.root), "1", how],
-            env={**os.environ, **node_environment(2)},
+            env={**os.environ, **rank_environment(2)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

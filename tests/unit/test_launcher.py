@@ -20,11 +20,8 @@ from ernie_dist.spec.errors import RunDirError
 from ernie_dist.spec.job import load_job, parse_job
 from ernie_dist.spec.lease import Holder
 from ernie_dist.spec.resolve import PackedLength, ResolvedJob, ResolvedSource, ResolvedTokenizer, resolve
-from ernie_dist.spec.resources import ResourcesSpec
-from launcher.base import Attempt
 from launcher.cli import main
-from launcher.local import LocalLauncher
-from launcher.node import Nodes, node_command, node_environment
+from launcher.node import Nodes, node_command
 from launcher.run_dir import RunDir
 
 JOB = """\
@@ -374,35 +371,15 @@ def test_a_launch_on_another_host_can_be_seen_and_stopped_from_here(
     assert main(["status", str(tmp_path)]) == 0
     assert "running on n7 (process 4711, slurm 12), as far as can be seen from here" in capsys.readouterr().out
     assert main(["stop", str(tmp_path), "--notice", "1m30s"]) == 0
-    assert json.loads(run.files.stop.read_text()) == {"reason": "ernie stop", "notice": 90.0, "now": False}
+    assert json.loads(run.files.stop.read_text()) == {
+        "reason": "ernie stop",
+        "notice": 90.0,
+        "now": False,
+        "again": False,
+    }
 
 
-# --- the node command --------------------------------------------------------------------------------------------
-
-
-def test_golden_node_commands() -> None:
-    assert node_command(Path("/runs/law"), 3, Nodes(1, 2), python="python") == [
-        *("python", "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2", "--standalone"),
-        *("--no-python", "python", "-m", "ernie_dist", "/runs/law", "3"),
-    ]
-    assert node_command(Path("/runs/law"), 12, Nodes(4, 8, "n1:29500"), python="python") == [
-        *("python", "-m", "torch.distributed.run", "--nnodes", "4", "--nproc-per-node", "8"),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "n1:29500"),
-        *("--no-python", "python", "-m", "ernie_dist", "/runs/law", "12"),
-    ]
-
-
-def test_the_local_script_runs_the_node_command_and_nothing_else(tmp_path: Path) -> None:
-    root = tmp_path / "a run; with $trange name"
-    script = LocalLauncher().render(Attempt(root, 2, ResourcesSpec(gpus_per_node=3)))
-    # a shell that shows what it would start, one argument a line
-    shown = script.replace("\nexec ", "\nexec printf '%s\\n' ")
-    lines = subprocess.run(["bash", "-c", shown], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines == node_command(root, 2, Nodes(1, 3)) and shown != script
-    exported = subprocess.run(
-        ["bash", "-c", script.replace("\nexec ", "\nexec env; ")], capture_output=True, text=True
-    ).stdout
-    assert {f"{name}={value}" for name, value in node_environment(3).items()} <= set(exported.splitlines())
+# --- plans -------------------------------------------------------------------------------------------------------
 
 
 def test_a_dry_run_shows_the_plan_and_the_command_and_writes_nothing(
@@ -411,7 +388,7 @@ def test_a_dry_run_shows_the_plan_and_the_command_and_writes_nothing(
     before = sorted(here.rglob("*"))
     assert main(["launch", "job.yaml", "--dry-run", "--run-dir", "runs/x y"]) == 0
     out = capsys.readouterr().out
-    assert shlex.join(node_command(here.resolve() / "runs" / "x y", 1, Nodes(1, 1))) in out
+    assert shlex.join(node_command(here.resolve() / "runs" / "x y", 1, Nodes(1, 1), node_rank=0)) in out
     assert all(words in out for words in ("general", "sft", "1,024", "2 epochs", "after prepare"))
     assert sorted(here.rglob("*")) == before
 

@@ -1,0 +1,127 @@
+"""Slurm's own commands: hand in a script, ask how a job is, cancel it, put it back."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from ernie_dist.spec.errors import EnvironmentProblem
+
+_PATIENCE = 60
+"""seconds; a controller that is restarted answers late"""
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """What Slurm says of a job that it has not forgotten yet."""
+
+    job: str
+    fields: Mapping[str, str]
+    """of `scontrol show job`: JobState, Reason, NodeList, EndTime ..."""
+
+    @property
+    def state(self) -> str:
+        return self.fields.get("JobState", "")
+
+    @property
+    def in_queue(self) -> bool:
+        """Whether it runs, or will."""
+        return self.state in ("PENDING", "RUNNING", "CONFIGURING", "SUSPENDED", "REQUEUED", "COMPLETING", "RESIZING")
+
+    @property
+    def end(self) -> float | None:
+        """When Slurm takes its nodes away, in seconds since the epoch; None if it has not said."""
+        try:
+            return datetime.fromisoformat(self.fields.get("EndTime", "")).timestamp()
+        except ValueError:  # "Unknown", "NONE"
+            return None
+
+    def __str__(self) -> str:
+        reason, nodes = self.fields.get("Reason", "None"), self.fields.get("NodeList", "(null)")
+        said = self.state
+        said += f" ({reason})" if reason not in ("None", "") else ""
+        begins = self.fields.get("StartTime", "Unknown")
+        if self.state == "PENDING" and begins not in ("Unknown", "N/A"):
+            said += f", expected to start {begins.replace('T', ' ')}"
+        if self.state == "RUNNING" and self.end is not None:
+            said += f", until {self.fields['EndTime'].replace('T', ' ')}"
+        return said if nodes in ("(null)", "") else f"{said}, on {nodes}"
+
+
+def submit(script: Path, *options: str) -> str:
+    """Returns the job's id. Raises EnvironmentProblem with Slurm's own words if it is refused."""
+    return command("sbatch", "--parsable", *options, str(script)).strip().partition(";")[0]
+
+
+def find(job: str) -> QueuedJob | None:
+    """None once Slurm has forgotten it, some minutes after its end."""
+    try:
+        said = command("scontrol", "show", "job", "--oneliner", job)
+    except EnvironmentProblem as error:
+        if "Invalid job id" in str(error):
+            return None
+        raise
+    return QueuedJob(job, dict(re.findall(r"(\w+)=(\S*)", said)))
+
+
+def cancel(job: str) -> None:
+    command("scancel", job)
+
+
+def requeue(job: str) -> None:
+    """Slurm ends what is left of it, and starts it again from the top of its script."""
+    command("scontrol", "requeue", job)
+
+
+def requeue_without(job: str, nodes: Sequence[str]) -> None:
+    """The same, on other nodes from now on. A job can only be told so while it is not running: hence the hold."""
+    known = find(job)
+    before = known.fields.get("ExcNodeList", "(null)") if known else "(null)"
+    excluded = ",".join([*([] if before == "(null)" else [before]), *nodes])
+    command("scontrol", "requeuehold", job)
+    command("scontrol", "update", f"JobId={job}", f"ExcNodeList={excluded}")
+    command("scontrol", "release", job)
+
+
+def host_names(node_list: str) -> tuple[str, ...]:
+    """n[1-2] -> n1, n2"""
+    return tuple(command("scontrol", "show", "hostnames", node_list).split())
+
+
+def address(node: str) -> str:
+    """Where other nodes reach it."""
+    fields = dict(re.findall(r"(\w+)=(\S*)", command("scontrol", "show", "node", "--oneliner", node)))
+    return fields.get("NodeAddr", node)
+
+
+def steps(job: str) -> dict[str, str]:
+    """name -> id of the job's steps that run."""
+    said = command("squeue", "--steps", "--noheader", "--jobs", job, "--format", "%j %i")
+    return dict(line.split() for line in said.splitlines() if line.strip())
+
+
+def kill_step(step: str) -> None:
+    command("scancel", "--signal=KILL", step)
+
+
+def command(*words: str) -> str:
+    """What a command of Slurm prints. Raises EnvironmentProblem with its own words if it fails."""
+    if shutil.which(words[0]) is None:
+        raise EnvironmentProblem(f"{words[0]}: not found; run this where Slurm's commands are, such as a login node")
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_PATIENCE, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        raise EnvironmentProblem(f"{words[0]}: Slurm gave no answer within {_PATIENCE} s; try again later") from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
+        raise EnvironmentProblem(f"{_shown(words)}: {said}")
+    return done.stdout
+
+
+def _shown(words: Sequence[str]) -> str:
+    return " ".join(words[:4])
