@@ -78,7 +78,7 @@ def _gpus(wanted: int) -> list[str]:
 
 
 def _has_gpus() -> bool:
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")  # the last is Slurm's word for none
     return not hidden and shutil.which("nvidia-smi") is not None
 
 
