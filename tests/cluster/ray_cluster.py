@@ -44,13 +44,14 @@ class RayCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_raylet_start_wait_time_s": "120",
             # A machine that is lost without a word is noticed after this; Ray's own are 10 s, 3 s, 5 times.
             "RAY_health_check_initial_delay_ms": "2000",
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "3",
         }
         self._port, self._dashboard, client = free_ports(3)
-        self.address = f"127.0.0.1:{self._port}"
+        self.address = f"127.0.0.2:{self._port}"
         self.dashboard = f"http://127.0.0.1:{self._dashboard}"
         self._head = (
             *("--head", f"--port={self._port}", f"--temp-dir={folder / 'ray'}", f"--ray-client-server-port={client}"),
@@ -59,13 +60,10 @@ class RayCluster:
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, *names: str) -> None:
-        """Starts nodes, all at once, and waits until the cluster has them."""
-        if not self.nodes:
-            self._start("n1", *self._head)
-            self._wait(lambda: "n1" in self.alive())
+        """Starts nodes, one after the other."""
         for name in names:
-            self._start(name, f"--address={self.address}")
-        self._wait(lambda: set(names) <= self.alive())
+            self._start(name, *(self._head if name == "n1" else (f"--address={self.address}",)))
+            self._wait(lambda name=name: name in self.alive())
 
     def kill(self, name: str) -> None:
         """The machine is gone: every process of the node at once, without a chance to say so."""
@@ -127,11 +125,13 @@ class RayCluster:
             self.kill(name)
 
     def _start(self, name: str, *options: str) -> None:
+        # Not 127.0.0.1, for which Ray puts the machine's outer address; and each node has one of its own.
+        address = f"127.0.0.{1 + int(name.removeprefix('n'))}"
         agent, grpc, runtime, metrics = free_ports(4)
         with (self.folder / f"{name}.log").open("ab") as log:
             self.nodes[name] = subprocess.Popen(
                 [
-                    *(str(BIN / "ray"), "start", "--block", f"--node-name={name}", "--node-ip-address=127.0.0.1"),
+                    *(str(BIN / "ray"), "start", "--block", f"--node-name={name}", f"--node-ip-address={address}"),
                     *("--num-cpus=2", "--num-gpus=0", f"--object-store-memory={100 << 20}", "--disable-usage-stats"),
                     *("--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={agent}"),
                     *(f"--dashboard-agent-grpc-port={grpc}", f"--runtime-env-agent-port={runtime}"),
@@ -164,7 +164,7 @@ def ray_cluster() -> Iterator[RayCluster]:
     folder = Path(tempfile.mkdtemp(prefix="ernie-ray-"))
     cluster = RayCluster(folder)
     try:
-        cluster.start("n2", "n3")
+        cluster.start("n1", "n2", "n3")
         yield cluster
     finally:
         cluster.close()
