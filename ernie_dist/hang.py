@@ -70,6 +70,7 @@ class Evidence:
         """As in: it is ..."""
         texts = {
             Phase.START: "starting up",
+            Phase.PREFLIGHT: "in the preflight, where ranks get to know each other",
             Phase.READ: f"reading the batch of step {self.step}",
             Phase.FIRST_STEP: f"in step {self.step}, the attempt's first",
             Phase.STEP: f"in step {self.step}",

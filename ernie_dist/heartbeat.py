@@ -35,13 +35,14 @@ class Phase(IntEnum):
     """What a rank is doing, in the order of one step of the loop."""
 
     START = 0
-    READ = 1
-    FIRST_STEP = 2
-    STEP = 3
-    EVALUATE = 4
-    SAVE = 5
-    EXPORT = 6
-    CLOSE = 7
+    PREFLIGHT = 1
+    READ = 2
+    FIRST_STEP = 3
+    STEP = 4
+    EVALUATE = 5
+    SAVE = 6
+    EXPORT = 7
+    CLOSE = 8
 
     @property
     def label(self) -> str:

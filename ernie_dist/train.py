@@ -31,6 +31,7 @@ from ernie_dist.heartbeat import Heartbeat, Phase
 from ernie_dist.meter import Meter
 from ernie_dist.model.build import build_model
 from ernie_dist.model.loss import summed_loss
+from ernie_dist.preflight import preflight
 from ernie_dist.progress import Progress
 from ernie_dist.rewind import Refusals, check_position
 from ernie_dist.schedule import learning_rate
@@ -54,6 +55,10 @@ class _Attempt:
 
     def __init__(self, files: RunFiles, attempt: int, world: World, console: IO[str], beat: Heartbeat) -> None:
         self.files, self.attempt, self.world, self.beat = files, attempt, world, beat
+        world.connect()
+        beat.enter(Phase.PREFLIGHT, 0)
+        self.preflight = preflight(files, attempt, world)
+        beat.enter(Phase.START, 0)
         self.job = job = ResolvedJob.read(files.job)
         known = read_events(files.events) if world.is_main else []
         saves = [event["seconds"] for event in known if event["event"] == "CheckpointSaved"]
@@ -74,6 +79,7 @@ class _Attempt:
 
     def run(self) -> bool:
         try:
+            self.events.emit(self.preflight)
             self._restore()
             self.events.emit(self._started())
             return self._run()

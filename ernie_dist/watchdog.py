@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 from ernie_dist.events.event import HangDetected
@@ -34,6 +35,8 @@ _PAUSED = 10 * POLL_SECONDS
 """a gap between two looks that says that we, and so probably the whole machine, were paused"""
 _ANSWER_SECONDS = 5.0
 """for a rank to write its stacks, and for NCCL's flight recorder"""
+_PREFLIGHT = timedelta(minutes=10)
+"""networks that do not connect say nothing; nothing large is loaded yet, so there is no need to wait long"""
 _OTHER_NODES_SECONDS = 10.0
 """for all nodes to write their stacks, and for the one with the rank to blame to speak first"""
 
@@ -201,7 +204,13 @@ _ALL_WAIT = "every rank of this node waits in a collective for a rank of another
 
 def limit(phase: Phase, spec: WatchdogSpec, longest: Mapping[Phase, float]) -> float:
     """Seconds a phase may take: never less than its floor, and `factor` times the longest time seen."""
-    floor = {Phase.START: spec.start, Phase.FIRST_STEP: spec.start, Phase.READ: spec.step, Phase.STEP: spec.step}
+    floor = {
+        Phase.START: spec.start,
+        Phase.PREFLIGHT: min(spec.start, _PREFLIGHT),
+        Phase.FIRST_STEP: spec.start,
+        Phase.READ: spec.step,
+        Phase.STEP: spec.step,
+    }
     return max(floor.get(phase, spec.save).total_seconds(), spec.factor * longest.get(phase, 0.0))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -21,6 +22,9 @@ class World:
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    node_rank: int = 0
+    node: str = ""
+    """what the scheduler calls this node, or its host name"""
     group: Any = None
     """torch's process group, None for the one that `connect` makes"""
 
@@ -30,6 +34,8 @@ class World:
             rank=int(environment.get("RANK", 0)),
             local_rank=int(environment.get("LOCAL_RANK", 0)),
             size=int(environment.get("WORLD_SIZE", 1)),
+            node_rank=int(environment.get("GROUP_RANK", 0)),
+            node=environment.get("ERNIE_NODE") or socket.gethostname(),
         )
 
     @property
@@ -104,5 +110,6 @@ class World:
         self.any(False)
 
     def close(self) -> None:
+        """Ends the channel of `apart`; of the world itself, all of them."""
         if dist.is_initialized():
-            dist.destroy_process_group()
+            dist.destroy_process_group(self.group)

@@ -75,10 +75,10 @@ def run_attempts(
             _say(f"attempt {number} {_where(end)}; {_repeated(run_dir, job, end)}", flush=True)
             _say_given_up(run_dir, job, decision, describe_batch)
             return CRASHED
+        again = f"starts again in {decision.wait:.0f} s" if decision.wait else "starts again"
+        count = f" (restart {decision.number} of at most {policy.max} without a new checkpoint)"
         _say(
-            f"attempt {number} {_where(end)}; {_repeated(run_dir, job, end)}; starts again in {decision.wait:.0f} s "
-            f"(restart {decision.number} of at most {policy.max} without a new checkpoint)",
-            flush=True,
+            f"attempt {number} {_where(end)}; {_repeated(run_dir, job, end)}; {again}{count if decision.number else ''}"
         )
         if deadline is not None and time.time() + decision.wait >= deadline:
             _say("the time limit comes before that")

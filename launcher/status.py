@@ -24,7 +24,9 @@ def describe_run(run_dir: RunDir) -> list[str]:
         return [*lines, "state      submitted; nothing of it has begun"]
     job, steps = run_dir.job(), read_metrics(run_dir.files.metrics)
     again = f" ({attempt - 1} restart{'s' if attempt > 2 else ''})" if attempt > 1 else ""
-    lines += [f"state      {_state(run_dir, attempt)}", f"attempt    {attempt}{again}"]
+    waits = submission is not None and submission.in_queue() and not run_dir.is_running()
+    state = "in the queue, to go on from there" if waits and attempt else _state(run_dir, attempt)
+    lines += [f"state      {state}", f"attempt    {attempt}{again}"]
     nodes = [node.get("host", "?") for node in history.nodes(run_dir, attempt)]
     if len(nodes) > 1:
         lines.append(f"nodes      {', '.join(nodes)}")

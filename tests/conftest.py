@@ -4,9 +4,13 @@ They are looked for in $ERNIE_TEST_DATA, or else in a folder `shared` beside the
 """
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+# What a shell starts in the background ignores Ctrl-C, and so would the runs that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -266,7 +266,6 @@ def _connect(world: World) -> None:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    world.connect()
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
 
 

@@ -19,6 +19,7 @@ from ernie_dist.events.event import (
     Event,
     Failed,
     Finished,
+    Preflight,
     Restored,
     StageStarted,
     StepFinished,
@@ -28,7 +29,16 @@ from ernie_dist.events.event import (
     UpdateRefused,
 )
 from ernie_dist.events.goodput import PARTS, described
-from ernie_dist.events.wording import cut, display_width, human_bytes, human_count, human_seconds, perplexity_text
+from ernie_dist.events.wording import (
+    cut,
+    display_width,
+    human_bytes,
+    human_count,
+    human_seconds,
+    names_text,
+    network_text,
+    perplexity_text,
+)
 
 REDRAW_SECONDS = 0.1
 PLAIN_SECONDS = 5.0
@@ -162,6 +172,8 @@ class ConsoleSink:
     def _describe(self, event: Event) -> list[str]:
         if isinstance(event, AttemptStarted):
             return self._start(event)
+        if isinstance(event, Preflight):
+            return _nodes(event)
         if isinstance(event, Restored):
             self._pace = Pace()
             lines = [f"goes on from {event.checkpoint}: step {event.step}, read in {event.seconds:.1f} s"]
@@ -221,6 +233,13 @@ class ConsoleSink:
             return os.get_terminal_size(self._stream.fileno()).columns or 80
         except (OSError, ValueError, AttributeError):  # no terminal behind it
             return int(os.environ.get("COLUMNS") or 80)
+
+
+def _nodes(event: Preflight) -> list[str]:
+    if len(event.nodes) == 1 or event.latency is None or event.bandwidth is None:
+        return []
+    network = network_text(event.latency, event.bandwidth)
+    return [f"{len(event.nodes)} nodes ({names_text(event.nodes)}): {network}"]
 
 
 def _time_table(event: TimeSpent) -> list[str]:

@@ -39,6 +39,20 @@ class AttemptStarted(Event):
 
 
 @dataclass(frozen=True)
+class Preflight(Event):
+    """The ranks reach each other, see the same files and run the same versions."""
+
+    attempt: int
+    nodes: tuple[str, ...]
+    seconds: float
+    """it took"""
+    latency: float | None = None
+    """seconds of an all-reduce of one number; None with one rank"""
+    bandwidth: float | None = None
+    """of an all-reduce of a large tensor: bus bandwidth as nccl-tests define it, bytes/s"""
+
+
+@dataclass(frozen=True)
 class Restored(Event):
     """The attempt goes on from a checkpoint; what an earlier one did after it is done again."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Sequence
 
 
 def human_count(number: float) -> str:
@@ -32,6 +33,17 @@ def human_seconds(seconds: float) -> str:
     if not days and not hours:
         return f"{minutes}:{seconds:02d}"
     return (f"{days}d " if days else "") + f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def network_text(latency: float, bandwidth: float) -> str:
+    """0.00021 s, 1.3e9 bytes/s -> what a preflight measured, in the units of nccl-tests."""
+    return f"all-reduce in {1e3 * latency:.2g} ms, bus bandwidth {bandwidth / 1e9:.3g} GB/s"
+
+
+def names_text(names: Sequence[str], most: int = 8) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def perplexity(loss: float) -> float:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ernie_dist.events.wording import network_text
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -24,6 +26,10 @@ class Attempt:
     engine: str
     parameters: int
     versions: dict[str, str]
+    nodes: tuple[str, ...]
+    """their names; none where the attempt is older than the preflight"""
+    network: str
+    """what the preflight measured; "" with one rank"""
     restored_from: str | None
     outcome: str
     """finished, stopped, failed, hung, killed; of the last one without a word: running or killed"""
@@ -56,7 +62,7 @@ def attempts_of(events: list[dict[str, Any]], lines: list[dict[str, Any]]) -> li
         outcome, detail = _outcome(rest)
         if not outcome:  # it left no last word
             outcome = "running or killed" if end == len(events) else "killed"
-        restored = next((e for e in events if e["event"] == "Restored" and e["attempt"] == start["attempt"]), None)
+        restored, looked = (_of_attempt(events, start["attempt"], kind) for kind in ("Restored", "Preflight"))
         steps = executed.get(start["attempt"], [])
         attempts.append(
             Attempt(
@@ -70,12 +76,18 @@ def attempts_of(events: list[dict[str, Any]], lines: list[dict[str, Any]]) -> li
                 engine=start["engine"],
                 parameters=start["parameters"],
                 versions=start["versions"],
+                nodes=tuple(looked["nodes"]) if looked else (),
+                network=network_text(looked["latency"], looked["bandwidth"]) if looked and looked["latency"] else "",
                 restored_from=Path(restored["checkpoint"]).name if restored else None,
                 outcome=outcome,
                 detail=detail,
             )
         )
     return attempts
+
+
+def _of_attempt(events: list[dict[str, Any]], attempt: int, kind: str) -> dict[str, Any] | None:
+    return next((event for event in events if event["event"] == kind and event["attempt"] == attempt), None)
 
 
 def _outcome(events: list[dict[str, Any]]) -> tuple[str, str]:

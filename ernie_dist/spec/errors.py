@@ -63,6 +63,12 @@ class RanksDiffer(ErnieError, RuntimeError):
     exit_code = 1
 
 
+class PreflightFailed(ErnieError, RuntimeError):
+    """A node is not fit for the run, or ranks do not reach each other: on other nodes it may go."""
+
+    exit_code = 1
+
+
 class EnvironmentProblem(ErnieError, RuntimeError):
     """This machine lacks something the job needs."""
 

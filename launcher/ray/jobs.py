@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -16,13 +16,15 @@ from ernie_dist.spec.errors import EnvironmentProblem
 from launcher.ray.environment import STOP_WAIT
 
 
-def submit(address: str, job: Path, run_dir: Path, *, name: str, stop_wait: timedelta) -> str:
+def submit(
+    address: str, job: Path, run_dir: Path, *, name: str, stop_wait: timedelta, options: Sequence[str] = ()
+) -> str:
     """Hands in `ernie launch JOB --run-dir RUN_DIR --on ray`, from this folder. Returns the id of the submission.
 
-    address: of the dashboard, http://HEAD:8265. The paths have to be the same on the cluster. Raises
-    EnvironmentProblem if the cluster does not answer or refuses.
+    address: of the dashboard, http://HEAD:8265. options: further ones of `ernie launch`. The paths have to be the same
+    on the cluster. Raises EnvironmentProblem if the cluster does not answer or refuses.
     """
-    words = ["ernie", "launch", str(job), "--run-dir", str(run_dir), "--on", "ray"]
+    words = ["ernie", "launch", str(job), "--run-dir", str(run_dir), "--on", "ray", *options]
     with _client(address) as client:
         return client.submit_job(
             entrypoint=f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}",

@@ -12,7 +12,7 @@ import pytest
 from ernie_dist.spec.resilience import RestartSpec
 from launcher import history
 from launcher.base import CRASHED, FINISHED, STOPPED, WRONG
-from launcher.restart import AttemptEnd, GiveUp, Over, Restart, decide
+from launcher.restart import AttemptEnd, GiveUp, Over, Restart, decide, without_progress
 from launcher.run_dir import RunDir
 
 SPEC = RestartSpec(max=4, same_step=3, wait=timedelta(seconds=5))
@@ -46,8 +46,18 @@ TABLE: dict[str, tuple[list[AttemptEnd], Over | Restart | str]] = {
     "a full disk is no death at a step": ([crash(12, kind="CheckpointWriteError")] * 3, Restart(20, 3)),
     "another step between": ([crash(12), crash(12), crash(13), crash(12)], Restart(40, 4)),
     "a stop begins a new row": ([crash(12), crash(12), crash(14, code=STOPPED), crash(12)], Restart(5, 1)),
+    "nodes that are taken away": ([crash(12, code=STOPPED, again=True)], Restart(0, 1)),
+    "nodes that are taken away, with a checkpoint": ([crash(17, 15, code=STOPPED, again=True)], Restart(0, 0)),
+    "a cluster that leaves no time": ([crash(12, code=STOPPED, again=True)] * 5, "5 restarts in a row reached no new"),
     "so does launching what was given up": ([crash(12), crash(12), crash(12, given_up=True), crash(12)], Restart(5, 1)),
 }  # fmt: skip
+
+
+def test_attempts_without_progress_are_counted_however_they_ended() -> None:
+    stopped, killed = crash(12, code=STOPPED), crash(None)
+    assert [without_progress(ends) for ends in ([], [forward], [stopped], [forward, killed, stopped])] == [0, 0, 1, 2]
+    given_up = crash(12, given_up=True)
+    assert without_progress([stopped, given_up]) == 0 and without_progress([stopped, given_up, killed]) == 1
 
 
 @pytest.mark.parametrize("name", TABLE)
