@@ -30,8 +30,9 @@ def connect() -> None:
     try:
         ray.init(address="auto", logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise EnvironmentProblem(
-            f"no Ray cluster can be joined from here: {error}. On a node of the cluster set the same RAY_AUTH_MODE and "
+            f"no Ray cluster can be joined from here: {reason}. On a node of the cluster set the same RAY_AUTH_MODE and "
             "token as its head; from elsewhere give --address http://HEAD:8265"
         ) from None
     finally:

@@ -76,7 +76,7 @@ class _Member:
 
 
 class RayLauncher(Launcher):
-    """Each attempt is one placement group."""
+    """Each attempt is one placement group of the cluster that this process has joined."""
 
     name = "ray"
 
@@ -96,7 +96,6 @@ class RayLauncher(Launcher):
     def run(self, attempt: Attempt, end_now: Callable[[], bool]) -> int:
         run_dir = RunDir(attempt.run_dir)
         (run_dir.files.attempt(attempt.number) / "launch.sh").write_text(self.render(attempt), encoding="utf-8")
-        cluster.connect()
         request = cluster.Request.of(attempt.resources, self._unfit)
         patience = attempt.resources.ray.wait_for_nodes.total_seconds()
         try:

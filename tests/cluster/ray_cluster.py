@@ -62,7 +62,9 @@ class RayCluster:
     def start(self, *names: str) -> None:
         """Starts nodes, one after the other."""
         for name in names:
-            self._start(name, *(self._head if name == "n1" else (f"--address={self.address}",)))
+            # They share a folder of logs, and one of them is enough to send it to drivers.
+            other = (f"--address={self.address}", "--include-log-monitor=false")
+            self._start(name, *(self._head if name == "n1" else other))
             self._wait(lambda name=name: name in self.alive())
 
     def kill(self, name: str) -> None:

@@ -125,17 +125,16 @@ def uninterrupted(jobs: Jobs) -> dict[int, tuple[float, float, str]]:
     return jobs.curve("uninterrupted")
 
 
-def test_the_cluster_listens_on_loopback_alone_and_refuses_who_has_no_token(jobs: Jobs):
-    listening = {
-        connection.laddr.ip
-        for process in jobs.cluster.processes()
-        for connection in process.net_connections("tcp")
-        if connection.status == "LISTEN"
-    }
-    assert listening <= {"127.0.0.1", "::1"}, listening
+def test_the_job_server_is_on_loopback_and_nobody_without_the_token_gets_in(jobs: Jobs):
+    port = int(jobs.cluster.dashboard.rpartition(":")[2])
+    connections = [one for process in jobs.cluster.processes() for one in process.net_connections("tcp")]
+    listening = {one.laddr.ip for one in connections if one.status == "LISTEN" and one.laddr.port == port}
+    assert listening == {"127.0.0.1"}
+    wrong = jobs.folder / "wrong"
+    wrong.write_text("an older token", encoding="utf-8")
     words = ("launch", "job.yaml", "--on", "ray", "--run-dir", "refused")
-    for where in (("--address", jobs.cluster.dashboard), ()):
-        done = jobs.ernie(*words, *where, RAY_AUTH_TOKEN_PATH=os.devnull, RAY_ADDRESS=jobs.cluster.address)
+    for where, token in (("--address", jobs.cluster.dashboard), wrong), ((), Path(os.devnull)):
+        done = jobs.ernie(*words, *where, RAY_AUTH_TOKEN_PATH=str(token), RAY_ADDRESS=jobs.cluster.address)
         assert done.returncode == 2 and "token" in done.stdout and "Traceback" not in done.stdout, done.stdout
 
 
