@@ -98,6 +98,7 @@ class OnRay:
         return RayLauncher(job).render(Attempt(run_dir.root, 1, job.resources))
 
     def launch(self, job: JobSpec, run_dir: RunDir, how: How) -> int:
+        from launcher.ray.cluster import connect
         from launcher.ray.environment import inside, refuse_passing_folder
         from launcher.ray.launcher import RayLauncher
 
@@ -106,6 +107,7 @@ class OnRay:
             return _handed_in(made, run_dir, job.resources.ray.address, how)
         refuse_passing_folder("the run directory", run_dir.root)
         launcher = RayLauncher(job)
+        connect()
         return launch_job(job, run_dir, launcher, workers=how.workers, restart=how.restart, wait=how.wait)
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from ernie_dist.spec.errors import EnvironmentProblem
@@ -68,8 +69,9 @@ def _client(address: str) -> Iterator[JobSubmissionClient]:
             f"{address}: no Ray cluster answers; give the address of its dashboard, http://HEAD:8265, or make a tunnel "
             "to it: ssh -L 8265:127.0.0.1:8265 HEAD"
         ) from None
-    except RuntimeError as error:
+    except (RuntimeError, AuthenticationError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise EnvironmentProblem(
-            f"{address}: {error}; a cluster with RAY_AUTH_MODE=token wants the same variable here, and its token in "
+            f"{address}: {reason}; a cluster with RAY_AUTH_MODE=token wants the same variable here, and its token in "
             "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
         ) from None
