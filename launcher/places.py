@@ -36,6 +36,12 @@ class How:
     follow: bool = False
     """of what is handed in, print the log and wait for its end"""
 
+    @property
+    def options(self) -> list[str]:
+        """What a job that is handed in has to be told."""
+        workers = ["--workers", str(self.workers)] if self.workers else []
+        return [*workers, *([] if self.restart else ["--no-restart"]), *(["--wait"] if self.wait else [])]
+
 
 class Here:
     """This machine."""
@@ -58,7 +64,7 @@ class OnSlurm:
     def launch(self, job: JobSpec, run_dir: RunDir, how: How) -> int:
         if slurm.inside():
             return self._launch_inside(job, run_dir, how)
-        made = submit_to_slurm(job, run_dir)
+        made = submit_to_slurm(job, run_dir, how.options)
         return _handed_in(made, run_dir, str(run_dir.files.submission / "launch.sbatch"), how)
 
     def _launch_inside(self, job: JobSpec, run_dir: RunDir, how: How) -> int:
@@ -92,14 +98,16 @@ class OnRay:
         return RayLauncher(job).render(Attempt(run_dir.root, 1, job.resources))
 
     def launch(self, job: JobSpec, run_dir: RunDir, how: How) -> int:
+        from launcher.ray.cluster import connect
         from launcher.ray.environment import inside, refuse_passing_folder
         from launcher.ray.launcher import RayLauncher
 
         if job.resources.ray.address and not inside():
-            made = submit_to_ray(job, run_dir)
+            made = submit_to_ray(job, run_dir, how.options)
             return _handed_in(made, run_dir, job.resources.ray.address, how)
         refuse_passing_folder("the run directory", run_dir.root)
         launcher = RayLauncher(job)
+        connect()
         return launch_job(job, run_dir, launcher, workers=how.workers, restart=how.restart, wait=how.wait)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import signal
@@ -22,6 +23,8 @@ from launcher.node import Nodes, node_command
 from launcher.restart import without_progress
 from launcher.run_dir import RunDir
 
+_ENDING = 60.0
+"""seconds for all nodes to end after a rank has failed; torchrun gives the ranks of a node 30"""
 _KILLING = 30.0
 """seconds for Slurm to end a step"""
 
@@ -90,10 +93,13 @@ class SlurmLauncher(Launcher):
         step = subprocess.Popen(
             self._step(attempt), stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent
         )
+        failed, until = run_dir.files.error(attempt.number), math.inf
         try:
-            while not end_now():
+            while not end_now() and time.monotonic() < until:
                 with suppress(subprocess.TimeoutExpired):
                     return step.wait(timeout=0.3)
+                if until == math.inf and failed.exists():  # srun waits for the tasks of a node that is gone
+                    until = time.monotonic() + _ENDING
         finally:
             if step.poll() is None:
                 self._kill(_step_name(attempt), step)
@@ -123,7 +129,10 @@ class SlurmLauncher(Launcher):
             return code
         job = self._allocation.job
         known = slurm_queue.find(job)
-        if known is None or known.state != "RUNNING":
+        if known is not None and known.starts > self._allocation.restarts:
+            _say(f"slurm job {job} goes back into the queue, as Slurm has decided")
+            return code
+        if known is None or not known.may_go_on:
             _say(f"not put back into the queue: slurm job {job} is {known.state if known else 'unknown'}")
             return code
         if self.given_up(run_dir, policy):

@@ -34,6 +34,16 @@ class QueuedJob:
         return self.state in ("PENDING", "RUNNING", "CONFIGURING", "SUSPENDED", "REQUEUED", "COMPLETING", "RESIZING")
 
     @property
+    def may_go_on(self) -> bool:
+        """Whether it runs, or is being ended by its time limit alone: to requeue a cancelled job would revive it."""
+        return self.state == "RUNNING" or self.fields.get("Reason") == "TimeLimit"
+
+    @property
+    def starts(self) -> int:
+        """How often Slurm has put it back so far; it counts as soon as that is decided."""
+        return int(self.fields.get("Restarts", 0))
+
+    @property
     def end(self) -> float | None:
         """When Slurm takes its nodes away, in seconds since the epoch; None if it has not said."""
         try:
@@ -43,11 +53,13 @@ class QueuedJob:
 
     def __str__(self) -> str:
         reason, nodes = self.fields.get("Reason", "None"), self.fields.get("NodeList", "(null)")
-        said = f"slurm job {self.job}: {self.state}"
+        said = self.state
         said += f" ({reason})" if reason not in ("None", "") else ""
         begins = self.fields.get("StartTime", "Unknown")
         if self.state == "PENDING" and begins not in ("Unknown", "N/A"):
             said += f", expected to start {begins.replace('T', ' ')}"
+        if self.state == "RUNNING" and self.end is not None:
+            said += f", until {self.fields['EndTime'].replace('T', ' ')}"
         return said if nodes in ("(null)", "") else f"{said}, on {nodes}"
 
 
@@ -77,13 +89,15 @@ def requeue(job: str) -> None:
 
 
 def requeue_without(job: str, nodes: Sequence[str]) -> None:
-    """The same, on other nodes from now on. A job can only be told so while it is not running: hence the hold."""
+    """The same, on other nodes from now on. A job can be told so as soon as it does not run any more.
+
+    Slurm ends every process of the job at once: the caller, and so the second command, has to ignore SIGTERM.
+    """
     known = find(job)
     before = known.fields.get("ExcNodeList", "(null)") if known else "(null)"
     excluded = ",".join([*([] if before == "(null)" else [before]), *nodes])
-    command("scontrol", "requeuehold", job)
+    command("scontrol", "requeue", job)
     command("scontrol", "update", f"JobId={job}", f"ExcNodeList={excluded}")
-    command("scontrol", "release", job)
 
 
 def host_names(node_list: str) -> tuple[str, ...]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol
 
 from ernie_dist.events.history import read_events
 from ernie_dist.spec.errors import ErnieError, RunDirError
@@ -50,49 +52,77 @@ class Submission:
 
     def described(self) -> str:
         """What its scheduler says of it now; why not, if it does not answer."""
-        name = f"{self.scheduler} job {self.job}"
         try:
-            if self.scheduler == "ray":
-                return f"{name}: {_ray_jobs().state(self.address, self.job).lower()}"
-            known = slurm_queue.find(self.job)
+            said = self._queue.state(self)[0]
         except ErnieError as error:
-            return f"{name}: {error}"
-        return str(known) if known else f"{name}: no longer known"
+            said = str(error)
+        return f"{self.scheduler} job {self.job}: {said}"
 
     def in_queue(self) -> bool:
         """Whether it waits or runs, as far as can be seen from here."""
         try:
-            if self.scheduler == "ray":
-                return not _ray_jobs().is_over(_ray_jobs().state(self.address, self.job))
-            known = slurm_queue.find(self.job)
+            return self._queue.state(self)[1]
         except ErnieError:
             return False
-        return known is not None and known.in_queue
 
     def cancel(self) -> None:
-        if self.scheduler == "ray":
-            _ray_jobs().cancel(self.address, self.job)
-        else:
-            slurm_queue.cancel(self.job)
+        self._queue.cancel(self)
 
     def printed(self, after: int) -> bytes:
-        """What the job has printed, without its first bytes."""
-        if self.scheduler == "ray":
-            with suppress(ErnieError):
-                return _ray_jobs().log(self.address, self.job).encode()[after:]
-        elif Path(self.log).is_file():
-            with Path(self.log).open("rb") as file:
-                file.seek(after)
-                return file.read()
+        """What the job has printed, without its first bytes; nothing while that cannot be seen."""
+        with suppress(ErnieError, OSError):
+            return self._queue.printed(self, after)
         return b""
 
+    @property
+    def _queue(self) -> _Queue:
+        return _OnRay() if self.scheduler == "ray" else _OnSlurm()
 
-def slurm_script(job: JobSpec, run_dir: RunDir) -> str:
-    """The batch script of a run: pure but for the time its saves took."""
+
+class _Queue(Protocol):
+    """What a scheduler can be asked. Raises ErnieError where it does not answer."""
+
+    def state(self, given: Submission) -> tuple[str, bool]:
+        """In words, and whether the job waits or runs."""
+        ...
+
+    def cancel(self, given: Submission) -> None: ...
+
+    def printed(self, given: Submission, after: int) -> bytes: ...
+
+
+class _OnSlurm:
+    def state(self, given: Submission) -> tuple[str, bool]:
+        known = slurm_queue.find(given.job)
+        return (str(known), known.in_queue) if known else ("no longer known", False)
+
+    def cancel(self, given: Submission) -> None:
+        slurm_queue.cancel(given.job)
+
+    def printed(self, given: Submission, after: int) -> bytes:
+        with Path(given.log).open("rb") as file:
+            file.seek(after)
+            return file.read()
+
+
+class _OnRay:
+    def state(self, given: Submission) -> tuple[str, bool]:
+        state = _ray_jobs().state(given.address, given.job)
+        return state, not _ray_jobs().is_over(state)
+
+    def cancel(self, given: Submission) -> None:
+        _ray_jobs().cancel(given.address, given.job)
+
+    def printed(self, given: Submission, after: int) -> bytes:
+        return _ray_jobs().log(given.address, given.job).encode()[after:]
+
+
+def slurm_script(job: JobSpec, run_dir: RunDir, options: Sequence[str] = ()) -> str:
+    """The batch script of a run; `options` are further ones of `ernie launch`. The saves so far decide the notice."""
     files = run_dir.files
     return render_sbatch(
         job.resources,
-        [str(files.submission / "job.json"), "--run-dir", str(run_dir.root)],
+        [str(files.submission / "job.json"), "--run-dir", str(run_dir.root), *options],
         job_name=_name(job, run_dir),
         folder=Path.cwd(),
         log=files.submission / "slurm-%j.log",
@@ -100,23 +130,25 @@ def slurm_script(job: JobSpec, run_dir: RunDir) -> str:
     )
 
 
-def submit_to_slurm(job: JobSpec, run_dir: RunDir, *options: str) -> Submission:
+def submit_to_slurm(job: JobSpec, run_dir: RunDir, options: Sequence[str] = ()) -> Submission:
     """Hands the run to Slurm. Raises RunDirError if a job of it is there already."""
     files = run_dir.files
     _write_job(job, run_dir)
     script = files.submission / "launch.sbatch"
-    script.write_text(slurm_script(job, run_dir), encoding="utf-8")
-    number = slurm_queue.submit(script, *options)
+    script.write_text(slurm_script(job, run_dir, options), encoding="utf-8")
+    number = slurm_queue.submit(script)
     made = Submission("slurm", number, str(files.submission / f"slurm-{number}.log"), time.time())
     made.write(files)
     return made
 
 
-def submit_to_ray(job: JobSpec, run_dir: RunDir) -> Submission:
+def submit_to_ray(job: JobSpec, run_dir: RunDir, options: Sequence[str] = ()) -> Submission:
     """Hands the run to the cluster at resources.ray.address. Raises RunDirError if a job of it is there already."""
     copy, cluster = _write_job(job, run_dir), job.resources.ray
     address = cluster.address or ""
-    number = _ray_jobs().submit(address, copy, run_dir.root, name=job.name, stop_wait=cluster.stop_wait)
+    number = _ray_jobs().submit(
+        address, copy, run_dir.root, name=job.name, stop_wait=cluster.stop_wait, options=options
+    )
     made = Submission("ray", number, "", time.time(), address)
     made.write(run_dir.files)
     return made

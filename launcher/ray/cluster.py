@@ -17,7 +17,7 @@ from ernie_dist.spec.resources import ResourcesSpec
 
 _FEWER = 10.0
 """seconds to wait for a number of nodes that is said to be there"""
-_SAY_EVERY = 60.0
+_SAY_AFTER, _SAY_EVERY = 5.0, 60.0
 NODE_ID = "ray.io/node-id"
 """a label that every node has"""
 
@@ -30,9 +30,10 @@ def connect() -> None:
     try:
         ray.init(address="auto", logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise EnvironmentProblem(
-            f"no Ray cluster can be joined from here: {error}. On a node of the cluster set the same RAY_AUTH_MODE and "
-            "token as its head; from elsewhere give --address http://HEAD:8265"
+            f"no Ray cluster can be joined from here: {reason}. On a node of the cluster, set its RAY_AUTH_MODE and "
+            "token; from elsewhere give --address http://HEAD:8265"
         ) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -101,7 +102,8 @@ def placed(
                 strategy="STRICT_SPREAD",
                 bundle_label_selector=[request.selector()] * size if request.selector() else None,
             )
-            until, told = time.monotonic() + (patience if size == sizes[0] else _FEWER), -_SAY_EVERY
+            say_at = time.monotonic() + _SAY_AFTER
+            until = time.monotonic() + (patience if size == sizes[0] else _FEWER)
             while not group.wait(timeout_seconds=0.5):
                 if end_now():
                     yield None
@@ -109,9 +111,9 @@ def placed(
                 now = time.monotonic()
                 if now >= until:
                     break
-                if now - told >= _SAY_EVERY:
+                if now >= say_at:
                     say(f"waiting up to {until - now:.0f} s for {_lack(request, size)}")
-                    told = now
+                    say_at = now + _SAY_EVERY
             else:
                 if size != sizes[0]:
                     say(f"going on with {size} of {sizes[0]} nodes, since {_lack(request, sizes[0])}")

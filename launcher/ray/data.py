@@ -5,6 +5,7 @@ read_blocks --Ray Data--> encode_block on every CPU of the cluster --in order-->
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -55,6 +56,7 @@ class RayPool:
 
     def __enter__(self) -> RayPool:
         cluster.connect()
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # or it tells of each source that it is done
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

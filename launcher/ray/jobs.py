@@ -5,24 +5,27 @@ from __future__ import annotations
 import os
 import shlex
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from ernie_dist.spec.errors import EnvironmentProblem
 from launcher.ray.environment import STOP_WAIT
 
 
-def submit(address: str, job: Path, run_dir: Path, *, name: str, stop_wait: timedelta) -> str:
+def submit(
+    address: str, job: Path, run_dir: Path, *, name: str, stop_wait: timedelta, options: Sequence[str] = ()
+) -> str:
     """Hands in `ernie launch JOB --run-dir RUN_DIR --on ray`, from this folder. Returns the id of the submission.
 
-    address: of the dashboard, http://HEAD:8265. The paths have to be the same on the cluster. Raises
-    EnvironmentProblem if the cluster does not answer or refuses.
+    address: of the dashboard, http://HEAD:8265. options: further ones of `ernie launch`. The paths have to be the same
+    on the cluster. Raises EnvironmentProblem if the cluster does not answer or refuses.
     """
-    words = ["ernie", "launch", str(job), "--run-dir", str(run_dir), "--on", "ray"]
+    words = ["ernie", "launch", str(job), "--run-dir", str(run_dir), "--on", "ray", *options]
     with _client(address) as client:
         return client.submit_job(
             entrypoint=f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(words)}",
@@ -66,8 +69,9 @@ def _client(address: str) -> Iterator[JobSubmissionClient]:
             f"{address}: no Ray cluster answers; give the address of its dashboard, http://HEAD:8265, or make a tunnel "
             "to it: ssh -L 8265:127.0.0.1:8265 HEAD"
         ) from None
-    except RuntimeError as error:
+    except (RuntimeError, AuthenticationError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise EnvironmentProblem(
-            f"{address}: {error}; a cluster with RAY_AUTH_MODE=token wants the same variable here, and its token in "
+            f"{address}: {reason}; a cluster with RAY_AUTH_MODE=token wants the same variable here, and its token in "
             "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
         ) from None

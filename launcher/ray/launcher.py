@@ -76,7 +76,7 @@ class _Member:
 
 
 class RayLauncher(Launcher):
-    """Each attempt is one placement group."""
+    """Each attempt is one placement group of the cluster that this process has joined."""
 
     name = "ray"
 
@@ -96,12 +96,11 @@ class RayLauncher(Launcher):
     def run(self, attempt: Attempt, end_now: Callable[[], bool]) -> int:
         run_dir = RunDir(attempt.run_dir)
         (run_dir.files.attempt(attempt.number) / "launch.sh").write_text(self.render(attempt), encoding="utf-8")
-        cluster.connect()
         request = cluster.Request.of(attempt.resources, self._unfit)
         patience = attempt.resources.ray.wait_for_nodes.total_seconds()
         try:
             with cluster.placed(request, self._sizes, patience, end_now, _say) as group:
-                return _KILLED if group is None else self._run_on(group, attempt, end_now)
+                return _KILLED if group is None else self._run_on(group, run_dir, attempt, end_now)
         except EnvironmentProblem as error:
             self._lacking = str(error)
             _leave_error(run_dir.files, attempt.number, 0, "NodesMissing", str(error))
@@ -116,14 +115,15 @@ class RayLauncher(Launcher):
     def unfit(self) -> str:
         return self._lacking
 
-    def _run_on(self, group: PlacementGroup, attempt: Attempt, end_now: Callable[[], bool]) -> int:
-        files = RunFiles(attempt.run_dir)
+    def _run_on(self, group: PlacementGroup, run_dir: RunDir, attempt: Attempt, end_now: Callable[[], bool]) -> int:
+        files = run_dir.files
         actors = [
             ray.remote(_Node)
             .options(
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0),
                 max_restarts=0,  # ranks cannot join an attempt that has begun
+                runtime_env={"env_vars": {"RAY_worker_niceness": "0"}},  # Ray's own 15 is for what may wait
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number),
             )
             .remote()
@@ -146,7 +146,7 @@ class RayLauncher(Launcher):
                 ): member
                 for actor, member in zip(actors, members, strict=True)
             }
-            return _Watch(running, files, attempt).until_over(end_now)
+            return _Watch(running, run_dir, attempt).until_over(end_now)
         except ray.exceptions.RayActorError as error:
             return _lost(files, attempt, None, error)
         finally:
@@ -157,8 +157,8 @@ class RayLauncher(Launcher):
 class _Watch:
     """Waits for the nodes of an attempt."""
 
-    def __init__(self, running: dict[Any, _Member], files: RunFiles, attempt: Attempt) -> None:
-        self._running, self._files, self._attempt = running, files, attempt
+    def __init__(self, running: dict[Any, _Member], run_dir: RunDir, attempt: Attempt) -> None:
+        self._running, self._run_dir, self._attempt = running, run_dir, attempt
         self._members = tuple(running.values())
         self._look_at = 0.0
 
@@ -174,9 +174,10 @@ class _Watch:
                 try:
                     ended = ray.get(future)
                 except ray.exceptions.RayActorError as error:
-                    return _lost(self._files, self._attempt, member, error)
+                    return _lost(self._run_dir.files, self._attempt, member, error)
                 if ended and not code:
-                    code, until = ended, time.monotonic() + _GRACE
+                    unfit = history.unfit_nodes(self._run_dir, self._attempt.number)  # then no rank has begun
+                    code, until = ended, time.monotonic() + (0 if unfit else _GRACE)
             self._heed_notices()
         return code
 
@@ -191,7 +192,7 @@ class _Watch:
                 ends = leaving[member.id]
                 notice = max(0.0, ends - time.time()) if ends is not None else None
                 note = StopNote(f"{member.name} is to be taken away", notice, again=True)
-                ask_once(self._files.signalled(self._attempt.number), note)
+                ask_once(self._run_dir.files.signalled(self._attempt.number), note)
 
 
 def possible_sizes(job: JobSpec) -> list[int]:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.request import Request, urlopen
 
 import psutil
@@ -29,7 +30,7 @@ BIN = Path(sys.executable).parent
 
 
 class RayCluster:
-    """Three nodes n1 (the head), n2 and n3, of two CPUs each."""
+    """Up to three nodes n1 (the head), n2 and n3, of two CPUs each."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder  # a short path: sockets in it may have no more than 107 characters
@@ -44,13 +45,14 @@ class RayCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_raylet_start_wait_time_s": "120",
             # A machine that is lost without a word is noticed after this; Ray's own are 10 s, 3 s, 5 times.
             "RAY_health_check_initial_delay_ms": "2000",
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "3",
         }
         self._port, self._dashboard, client = free_ports(3)
-        self.address = f"127.0.0.1:{self._port}"
+        self.address = f"127.0.0.2:{self._port}"
         self.dashboard = f"http://127.0.0.1:{self._dashboard}"
         self._head = (
             *("--head", f"--port={self._port}", f"--temp-dir={folder / 'ray'}", f"--ray-client-server-port={client}"),
@@ -59,13 +61,18 @@ class RayCluster:
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, *names: str) -> None:
-        """Starts nodes, all at once, and waits until the cluster has them."""
-        if not self.nodes:
-            self._start("n1", *self._head)
-            self._wait(lambda: "n1" in self.alive())
+        """Starts nodes, one after the other."""
         for name in names:
-            self._start(name, f"--address={self.address}")
-        self._wait(lambda: set(names) <= self.alive())
+            # They share a folder of logs, and one of them is enough to send it to drivers.
+            other = (f"--address={self.address}", "--include-log-monitor=false")
+            self._start(name, *(self._head if name == "n1" else other))
+            self._wait(lambda name=name: name in self.alive())
+
+    def have(self, count: int) -> None:
+        """Kills or starts nodes other than the head."""
+        for name in list(self.nodes)[count:]:
+            self.kill(name)
+        self.start(*[name for name in ("n1", "n2", "n3") if name not in self.nodes][: count - len(self.nodes)])
 
     def kill(self, name: str) -> None:
         """The machine is gone: every process of the node at once, without a chance to say so."""
@@ -101,11 +108,15 @@ class RayCluster:
     def node_id(self, name: str) -> str:
         return self._ids()[name]
 
+    def ask(self, path: str, method: str = "GET") -> Any:
+        """The dashboard's answer; quicker than the command of the same meaning."""
+        head = {"Authorization": f"Bearer {self.token}"}
+        with urlopen(Request(f"{self.dashboard}{path}", headers=head, method=method), timeout=30) as answer:
+            return json.load(answer)
+
     def _ids(self) -> dict[str, str]:
-        request = Request(f"{self.dashboard}/nodes?view=summary", headers={"Authorization": f"Bearer {self.token}"})
         try:
-            with urlopen(request, timeout=5) as answer:
-                nodes = [node["raylet"] for node in json.load(answer)["data"]["summary"]]
+            nodes = [node["raylet"] for node in self.ask("/nodes?view=summary")["data"]["summary"]]
         except (OSError, ValueError):
             return {}
         return {node["nodeName"]: node["nodeId"] for node in nodes if node["state"] == "ALIVE"}
@@ -127,11 +138,13 @@ class RayCluster:
             self.kill(name)
 
     def _start(self, name: str, *options: str) -> None:
+        # Not 127.0.0.1, for which Ray puts the machine's outer address; and each node has one of its own.
+        address = f"127.0.0.{1 + int(name.removeprefix('n'))}"
         agent, grpc, runtime, metrics = free_ports(4)
         with (self.folder / f"{name}.log").open("ab") as log:
             self.nodes[name] = subprocess.Popen(
                 [
-                    *(str(BIN / "ray"), "start", "--block", f"--node-name={name}", "--node-ip-address=127.0.0.1"),
+                    *(str(BIN / "ray"), "start", "--block", f"--node-name={name}", f"--node-ip-address={address}"),
                     *("--num-cpus=2", "--num-gpus=0", f"--object-store-memory={100 << 20}", "--disable-usage-stats"),
                     *("--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={agent}"),
                     *(f"--dashboard-agent-grpc-port={grpc}", f"--runtime-env-agent-port={runtime}"),
@@ -164,7 +177,7 @@ def ray_cluster() -> Iterator[RayCluster]:
     folder = Path(tempfile.mkdtemp(prefix="ernie-ray-"))
     cluster = RayCluster(folder)
     try:
-        cluster.start("n2", "n3")
+        cluster.have(3)
         yield cluster
     finally:
         cluster.close()

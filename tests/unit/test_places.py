@@ -138,9 +138,12 @@ def test_a_dry_run_on_slurm_prints_the_script_and_writes_nothing(
     [
         (
             {"JobState": "PENDING", "Reason": "Priority", "StartTime": "2026-11-22T17:04:38", "NodeList": "(null)"},
-            "slurm job 7: PENDING (Priority), expected to start 2026-11-22 17:04:38",
+            "PENDING (Priority), expected to start 2026-11-22 17:04:38",
         ),
-        ({"JobState": "RUNNING", "Reason": "None", "NodeList": "n[1-2]"}, "slurm job 7: RUNNING, on n[1-2]"),
+        (
+            {"JobState": "RUNNING", "Reason": "None", "NodeList": "n[1-2]", "EndTime": "2026-11-23T00:00:00"},
+            "RUNNING, until 2026-11-23 00:00:00, on n[1-2]",
+        ),
     ],
 )
 def test_what_slurm_says_of_a_job_in_one_line(fields: dict[str, str], said: str) -> None:
