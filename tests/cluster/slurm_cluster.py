@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -75,7 +76,8 @@ class SlurmCluster:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ernie-slurm-", dir="/tmp"))  # a socket's path has to be short
-        self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        path = os.pathsep.join([str(Path(sys.executable).parent), _PATH])  # where `ernie` is
+        self.environment = {**os.environ, "PATH": path, "SLURM_CONF": str(self.folder / "slurm.conf")}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     @staticmethod
@@ -209,7 +211,7 @@ class SlurmCluster:
         node = name.removeprefix("slurmd-")
         with (self.folder / f"{name}.out").open("ab") as log:
             self._daemons[name] = subprocess.Popen(
-                command, env={**self.environment, "PATH": _PATH, "SLURMD_NODENAME": node}, stdin=subprocess.DEVNULL,
+                command, env={**self.environment, "SLURMD_NODENAME": node}, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, preexec_fn=die_with_parent, start_new_session=True,
             )  # fmt: skip
 

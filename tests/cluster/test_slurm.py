@@ -27,6 +27,7 @@ from launcher.run_dir import RunDir
 
 pytestmark = [pytest.mark.cluster, pytest.mark.distributed, pytest.mark.timeout(1500)]
 
+ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 150, 20
 """of the job; between two of its checkpoints"""
 ALONE = ("resources.nodes=1", "engine.kind=plain", "tokens_per_batch=512")
@@ -44,6 +45,13 @@ class Jobs:
         """At a login node; the output."""
         command = (sys.executable, "-m", "launcher", *words)
         return self.cluster.run(*command, cwd=self.folder, check=check, timeout=120)
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """The same, without waiting for its end."""
+        command = (sys.executable, "-m", "launcher", *words)
+        return subprocess.Popen(
+            command, cwd=self.folder, env=self.cluster.environment, stdout=subprocess.PIPE, text=True
+        )
 
     def submit(self, run: str, *overrides: str) -> int:
         """Through the command a person would use; the job's number."""
@@ -121,8 +129,8 @@ def jobs(slurm_cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) 
     """The job of the promises, four times as long with larger batches, on two nodes of one rank."""
     folder = tmp_path_factory.mktemp("slurm")
     write_data(folder / "data")
-    promises = Path(__file__).parents[1] / "promises" / "job.yaml"
-    job = yaml.safe_load(promises.read_text(encoding="utf-8"))
+    promises = (ROOT / "tests" / "promises" / "job.yaml").read_text(encoding="utf-8")
+    job = yaml.safe_load(promises)
     for stage in job["curriculum"]:
         stage["duration"] = f"{STEPS // 3} steps"
         stage.pop("tokens_per_batch", None)
@@ -151,10 +159,7 @@ def uninterrupted(jobs: Jobs) -> dict[int, tuple[float, float, str]]:
 def test_a_job_goes_on_through_preemptions_a_requeue_its_time_limit_and_a_lost_node(jobs: Jobs, uninterrupted):
     run, cluster, files = "taken-away", jobs.cluster, jobs.files("taken-away")
     job = jobs.submit(run)
-    follower = subprocess.Popen(
-        [sys.executable, "-m", "launcher", "logs", run, "-f"],
-        cwd=jobs.folder, env=cluster.environment, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    follower = jobs.start("logs", run, "-f")
 
     for attempt, grace in ((1, 15), (2, 15), (3, 1)):
         jobs.between_saves(run, job, attempt)
@@ -200,6 +205,7 @@ def test_a_job_goes_on_through_preemptions_a_requeue_its_time_limit_and_a_lost_n
 def test_a_job_goes_on_after_a_killed_rank_a_lost_batch_host_and_scancel(jobs: Jobs, uninterrupted):
     run, cluster, files = "killed", jobs.cluster, jobs.files("killed")
     job = jobs.submit(run)
+    watcher = jobs.start("status", run, "--watch")
     jobs.between_saves(run, job, 1)
     node = cluster.nodes(job)[1]
     os.kill(jobs.ranks(run)[node], signal.SIGKILL)
@@ -216,8 +222,10 @@ def test_a_job_goes_on_after_a_killed_rank_a_lost_batch_host_and_scancel(jobs: J
 
     cluster.run("scancel", str(job))
     assert cluster.finish(job, 60) == "CANCELLED", jobs.log(run, job)
-    status = jobs.ernie("status", run)
-    assert f"slurm job {job}: CANCELLED" in status and "not running" in status, status
+    seen, _ = watcher.communicate(timeout=60)
+    for said in ("RUNNING, on", "PENDING (BeginTime)", "in the queue, to go on from there", "3 (2 restarts)"):
+        assert said in seen, seen
+    assert f"slurm job {job}: CANCELLED" in seen.rpartition("run   ")[2], seen
     jobs.until(run, job, lambda: not jobs.ranks(run), 30)
     assert "step 4" in jobs.ernie("logs", run) and jobs.ernie("stop", run) == "nothing is running here\n"
 
@@ -228,19 +236,22 @@ def test_a_job_goes_on_after_a_killed_rank_a_lost_batch_host_and_scancel(jobs: J
     assert all(replay.identical for replay in replayed_steps(files.metrics)) and len(jobs.wandb_runs(run)) == 1
 
 
-def test_a_wrong_job_ends_for_good_with_the_reason_in_its_last_lines(jobs: Jobs):
-    job = jobs.submit("wrong", *ALONE, "sources.qa.path=data/nowhere.jsonl")
+def test_a_wrong_job_handed_in_by_hand_ends_for_good_with_the_reason_in_its_last_line(jobs: Jobs):
+    options = ("--partition=low", "--nodes=1", "--exclusive", "--export=PATH,HOME,PYTHONPATH")
+    sets = [part for field in (*ALONE, "sources.qa.path=data/nowhere.jsonl") for part in ("--set", field)]
+    script = str(ROOT / "slurm" / "train.sbatch")
+    job = jobs.cluster.submit(*options, script, "job.yaml", "--run-dir", "wrong", *sets, cwd=jobs.folder)
     assert jobs.cluster.finish(job, 120) == "FAILED"
-    shown, said = jobs.cluster.show(job), jobs.log("wrong", job)
+    shown, said = jobs.cluster.show(job), (jobs.folder / f"ernie-{job}.log").read_text()
     assert (shown["ExitCode"], shown["Restarts"]) == ("2:0", "0"), shown
     assert "nowhere.jsonl" in said.splitlines()[-1] and "Traceback" not in said, said
 
 
 def test_a_job_that_is_always_taken_away_too_early_is_given_up(jobs: Jobs):
     run, cluster, files = "nowhere", jobs.cluster, jobs.files("nowhere")
-    job = jobs.submit(run, *ALONE, "tokens_per_batch=4M", "restarts.max=1")  # a step takes minutes
+    job = jobs.submit(run, *ALONE, "restarts.max=1")
     for attempt in (1, 2):
-        jobs.until(run, job, lambda: history.has_begun(RunDir(files.root), attempt))  # noqa: B023
+        jobs.until(run, job, files.node(attempt, 0).exists)
         cluster.run("scontrol", "requeue", str(job))
         jobs.back_in_queue(run, job, attempt)
     assert cluster.finish(job, 120) == "FAILED", jobs.log(run, job)
