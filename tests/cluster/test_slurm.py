@@ -169,7 +169,8 @@ def test_a_job_goes_on_through_preemptions_a_requeue_its_time_limit_and_a_lost_n
             stall(slow)  # no time for a checkpoint
         jobs.back_in_queue(run, job, attempt)
     jobs.between_saves(run, job, 4)
-    assert f"RUNNING, on {cluster.show(job)['NodeList']}" in jobs.ernie("status", run)
+    said = jobs.ernie("status", run)
+    assert f"slurm job {job}: RUNNING" in said and f"on {cluster.show(job)['NodeList']}" in said, said
     cluster.run("scontrol", "requeue", str(job))
     jobs.back_in_queue(run, job, 4)
     jobs.until(run, job, lambda: "in the queue, to go on from there" in jobs.ernie("status", run))
@@ -223,7 +224,7 @@ def test_a_job_goes_on_after_a_killed_rank_a_lost_batch_host_and_scancel(jobs: J
     cluster.run("scancel", str(job))
     assert cluster.finish(job, 60) == "CANCELLED", jobs.log(run, job)
     seen, _ = watcher.communicate(timeout=60)
-    for said in ("RUNNING, on", "PENDING (BeginTime)", "in the queue, to go on from there", "3 (2 restarts)"):
+    for said in ("RUNNING", "PENDING (BeginTime)", "in the queue, to go on from there", "3 (2 restarts)"):
         assert said in seen, seen
     assert f"slurm job {job}: CANCELLED" in seen.rpartition("run   ")[2], seen
     jobs.until(run, job, lambda: not jobs.ranks(run), 30)
