@@ -98,6 +98,7 @@ class RaySpec(Strict):
 
     address: str | None = Field(None, description="of the dashboard, to submit to: http://head:8265")
     cpus_per_node: int | None = Field(None, ge=1, description="default: one per rank")
+    gpus: bool | None = Field(None, description="whether nodes need GPUs; default: if the cluster has any at the time")
     labels: dict[str, str] = Field({}, description="what nodes must be labelled with: {team: law}")
     wait_for_nodes: TimeLimit = Field(
         timedelta(minutes=1),
