@@ -263,10 +263,13 @@ def test_a_job_that_is_always_taken_away_too_early_is_given_up(jobs: Jobs):
 
 def test_a_node_that_fails_its_check_is_left_out_of_the_job_that_follows(jobs: Jobs):
     run, cluster = "unfit", jobs.cluster
-    job = jobs.submit(run, *ALONE, "resources.health_check=test $ERNIE_NODE != n1")
-    assert cluster.finish(job) == "COMPLETED", jobs.log(run, job)
-    assert (jobs.restarts(job), cluster.show(job)["ExcNodeList"]) == (1, "n1")
-    assert jobs.ends(run)[1].kind == "UnfitNode" and jobs.nodes(run, 1) == ["n1"] != jobs.nodes(run, 2)
+    job = jobs.submit(run, "resources.health_check=test $ERNIE_NODE != n1")
+    jobs.until(run, job, lambda: len(jobs.nodes(run, 2)) == 2)
+    assert (jobs.restarts(job), cluster.show(job)["ExcNodeList"]) == (1, "n1"), jobs.log(run, job)
+    assert jobs.ends(run)[1].kind == "UnfitNode" and "n1" in jobs.nodes(run, 1) and "n1" not in jobs.nodes(run, 2)
+    assert "goes back into the queue, without n1\n" in jobs.log(run, job)
+    jobs.ernie("stop", run, "--now")
+    assert cluster.finish(job, 60) == "FAILED" and cluster.show(job)["ExitCode"] == "75:0"
 
 
 def test_a_run_that_is_submitted_again_never_runs_twice(jobs: Jobs):
