@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -28,7 +28,7 @@ from launcher.run_dir import RunDir
 pytestmark = [pytest.mark.cluster, pytest.mark.distributed, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parents[2]
-STEPS, EVERY = 150, 20
+STEPS, EVERY = 90, 20
 """of the job; between two of its checkpoints"""
 ALONE = ("resources.nodes=1", "engine.kind=plain", "tokens_per_batch=512")
 ENDLESS = ("curriculum.general.duration=1000000 steps", "checkpoint.every=100000 steps")
@@ -115,18 +115,26 @@ class Jobs:
                     found[node] = pid
         return found
 
+    @contextmanager
+    def paused(self, run: str) -> Iterator[None]:
+        """Its steps wait, while something gets under way that takes Slurm up to half a minute."""
+        _, pid = self.ranks(run).popitem()
+        os.kill(pid, signal.SIGSTOP)
+        yield
+        os.kill(pid, signal.SIGCONT)
 
-def stall(pid: int) -> None:
-    """As on a node that is too busy to end its step, until it is killed: Slurm wakes whatever it ends."""
-    with suppress(ProcessLookupError):
-        for _ in range(3000):
-            os.kill(pid, signal.SIGSTOP)
-            time.sleep(0.02)
+    def stall(self, run: str) -> None:
+        """As on a node that is too busy to end its step, until it is killed: Slurm wakes whatever it ends."""
+        _, pid = self.ranks(run).popitem()
+        with suppress(ProcessLookupError):
+            for _ in range(3000):
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
 def jobs(slurm_cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
-    """The job of the promises, four times as long with larger batches, on two nodes of one rank."""
+    """The job of the promises, longer and with larger batches, on two nodes of one rank."""
     folder = tmp_path_factory.mktemp("slurm")
     write_data(folder / "data")
     promises = (ROOT / "tests" / "promises" / "job.yaml").read_text(encoding="utf-8")
@@ -161,13 +169,16 @@ def test_a_job_goes_on_through_preemptions_a_requeue_its_time_limit_and_a_lost_n
     job = jobs.submit(run)
     follower = jobs.start("logs", run, "-f")
 
-    for attempt, grace in ((1, 15), (2, 15), (3, 1)):
+    for attempt in (1, 2):
         jobs.between_saves(run, job, attempt)
-        slow = jobs.ranks(run).popitem()[1]
-        cluster.preempt(grace=grace)
-        if grace < 15:
-            stall(slow)  # no time for a checkpoint
+        with jobs.paused(run):
+            cluster.preempt(grace=15)
+            jobs.until(run, job, files.stop.exists)
         jobs.back_in_queue(run, job, attempt)
+    jobs.between_saves(run, job, 3)
+    cluster.preempt(grace=1)
+    jobs.stall(run)  # too short for a checkpoint
+    jobs.back_in_queue(run, job, 3)
     jobs.between_saves(run, job, 4)
     said = jobs.ernie("status", run)
     assert f"slurm job {job}: RUNNING" in said and f"on {cluster.show(job)['NodeList']}" in said, said
@@ -176,8 +187,10 @@ def test_a_job_goes_on_through_preemptions_a_requeue_its_time_limit_and_a_lost_n
     jobs.until(run, job, lambda: "in the queue, to go on from there" in jobs.ernie("status", run))
 
     jobs.between_saves(run, job, 5)
-    end = datetime.now() + timedelta(seconds=20)
-    cluster.run("scontrol", "update", f"JobId={job}", f"EndTime={end.isoformat(timespec='seconds')}")
+    with jobs.paused(run):
+        end = datetime.now() + timedelta(seconds=20)
+        cluster.run("scontrol", "update", f"JobId={job}", f"EndTime={end.isoformat(timespec='seconds')}")
+        jobs.until(run, job, files.stop.exists)
     jobs.back_in_queue(run, job, 5)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")  # it was rounded up to a minute
 
