@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ernie_dist.spec.stop_file import DEADLINE, read
@@ -80,6 +81,9 @@ class StopRequest:
 
     def _watch(self) -> None:
         while True:
+            for folder in {file.parent for file in self._files}:  # or NFS goes on believing that it is missing
+                with suppress(OSError):
+                    os.listdir(folder)
             self._look()
             time.sleep(_LOOK_EVERY)
 

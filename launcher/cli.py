@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,9 @@ _EXAMPLES = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 finished, 2 wrong job or data, 75 stopped and resumable, 1 crashed."""
     options = _parser().parse_args(arguments)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):  # schedulers and lost terminals mean a Ctrl-C
+    # Schedulers and lost terminals mean a Ctrl-C; train.sbatch itself sees to a USR1 that comes before the launch does.
+    early = () if "ERNIE_BATCH_JOB" in os.environ else (signal.SIGUSR1,)
+    for number in (signal.SIGTERM, signal.SIGHUP, *early):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, signal.default_int_handler)
     from ernie_dist.spec.errors import ErnieError

@@ -21,8 +21,8 @@ _SMI_SECONDS = 60.0
 _PROBE = bytes(1 << 16)
 _TEMPORARY = 64 << 20
 """bytes that have to be free in the folder for temporary files"""
-_SHARED_MEMORY = 20 << 20
-"""bytes of /dev/shm per GPU: two buffers of 9.6 MB, as NCCL makes them where GPUs cannot reach each other directly"""
+_SHARED_MEMORY = 5 << 20
+"""bytes of /dev/shm per GPU: one segment of 4 MB, less is of no use to NCCL; it takes more where it can"""
 _SKEW_SECONDS = 60.0
 """time limits and notices are times of day, given by one machine and read by another"""
 _ON_THE_CPU = ", or set CUDA_VISIBLE_DEVICES= to compute on the CPU"
@@ -78,7 +78,7 @@ def _gpus(wanted: int) -> list[str]:
 
 
 def _has_gpus() -> bool:
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")  # the last is Slurm's word for none
     return not hidden and shutil.which("nvidia-smi") is not None
 
 

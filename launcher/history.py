@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from launcher.base import CRASHED, STOPPED
 from launcher.restart import AttemptEnd
 from launcher.run_dir import RunDir
 
-_SIGTERM = 15
+_SIGTERM, _SIGABRT = 15, 6
 _FAILURE = re.compile(r"rank +: (\d+) .*\n +exitcode +: -(\d+) ")
 """a rank that a signal ended, in torchrun's summary"""
 
@@ -45,9 +46,10 @@ def cause(run_dir: RunDir, attempt: int, returncode: int | None) -> Cause:
         return Cause(CRASHED, f"a node is not fit: {said}", kind="UnfitNode")
     logs = sorted(files.attempt(attempt).glob("node_*.log"))
     text = "\n".join(log.read_text(encoding="utf-8", errors="replace") for log in logs)
-    killed = [(int(rank), int(number)) for rank, number in _FAILURE.findall(text) if int(number) != _SIGTERM]
     ending = run_dir.ending(attempt)
-    if killed and not (ending and ending.get("kind") == "Hang"):  # there it was the watchdog that killed
+    victims = (_SIGTERM, _SIGABRT) if ending else (_SIGTERM,)  # NCCL aborts the ranks that lost a neighbour
+    killed = [(int(rank), int(number)) for rank, number in _FAILURE.findall(text) if int(number) not in victims]
+    if killed and not (ending and ending.get("kind") in ("Hang", "NodeLost")):  # which kill, or lose, whole nodes
         rank, number = killed[0]
         where = _on_node(run_dir, attempt, rank)
         return Cause(CRASHED, f"rank {rank}{where} was killed by signal {number}", log=files.rank_log(attempt, rank))
@@ -131,6 +133,12 @@ def _on_node(run_dir: RunDir, attempt: int, rank: int) -> str:
 def _goes_on(run_dir: RunDir, attempt: int) -> bool:
     note = read_stop(run_dir.files.signalled(attempt))
     return note is not None and note.again
+
+
+def last_steps(run_dir: RunDir, count: int) -> list[dict[str, Any]]:
+    """Lines of the last steps that were written, without reading the others."""
+    lines = (line for line in _backwards(run_dir.files.metrics) if "step" in line)
+    return [*itertools.islice(lines, count)][::-1]
 
 
 def _last_step(run_dir: RunDir, attempt: int) -> int | None:

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from ernie_dist.spec.errors import ErnieError, RunDirError
 from ernie_dist.spec.job import JobSpec
@@ -22,6 +23,9 @@ from launcher.attempts import run_attempts
 from launcher.base import FINISHED, STOPPED, Launcher
 from launcher.run_dir import RunDir
 
+if TYPE_CHECKING:
+    from ernie_dist.data.prepare import MakePool
+
 
 def launch_job(
     job: JobSpec,
@@ -31,10 +35,12 @@ def launch_job(
     workers: int | None,
     restart: bool = True,
     wait: bool = False,
+    pool: MakePool | None = None,
 ) -> int:
     """Runs the job to its end, or until it is stopped or given up. Returns the exit code of the contract.
 
     restart: start crashed attempts again, as the job says. wait: for another launch in the same directory to end.
+    pool: what tokenises data that is not prepared yet; by default `workers` processes of this machine.
     """
     begun = time.time()
     run_dir.refuse_foreign_files()
@@ -43,7 +49,7 @@ def launch_job(
         if run_dir.exists():  # a run that is new leaves no folder until its data is known to be good
             lease = held.enter_context(run_dir.owned(wait=wait))
         with _interrupted_by(run_dir.files.stop):
-            resolved = _prepared(job, run_dir, workers)
+            resolved = _prepared(job, run_dir, workers, pool)
         if lease is None:
             run_dir.root.mkdir(parents=True, exist_ok=True)
             lease = held.enter_context(run_dir.owned(wait=wait))
@@ -73,14 +79,14 @@ def _deadline(job: JobSpec, launcher: Launcher, begun: float) -> float | None:
     return min((end for end in ends if end is not None), default=None)
 
 
-def _prepared(job: JobSpec, run_dir: RunDir, workers: int | None) -> ResolvedJob:
+def _prepared(job: JobSpec, run_dir: RunDir, workers: int | None, pool: MakePool | None) -> ResolvedJob:
     if run_dir.exists() and run_dir.stages_begun() and Path(run_dir.job().tokenizer.folder).is_dir():
         _refuse_changed_data(job, run_dir)
     from ernie_dist.data.prepare import prepare
     from ernie_dist.data.resolve import resolve_prepared
 
     print(f"preparing data in {job.data_dir}, or finding it prepared", flush=True)
-    return resolve_prepared(job, prepare(job, workers=workers))
+    return resolve_prepared(job, prepare(job, workers=workers, pool=pool))
 
 
 def _describe_batch(job: ResolvedJob, index: int, most: int = 8) -> str:
@@ -125,12 +131,17 @@ def _signals_become(stop: Path, notice: Callable[[], float | None]) -> Iterator[
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         now = asked and number == signal.SIGINT
-        if not asked or now:
-            ask(stop, StopNote(signal.Signals(number).name, notice(), now=now))
+        first, asked = not asked, True
+        if first or now:
+            before, name = read(stop), signal.Signals(number).name
+            reason = name if before is None or before.by_scheduler else before.reason  # a person's wish stays one
+            ask(stop, StopNote(reason, now=now))
+            left = notice()
+            if left is not None:
+                ask(stop, StopNote(reason, left, now=now))
             again = "; press Ctrl-C again to end without one" if number == signal.SIGINT else ""
             said = "ending at once; the last checkpoint stays" if now else f"stopping, with a checkpoint{again}"
             os.write(2, f"\n{said}\n".encode())  # print() may be what was interrupted
-        asked = True
 
     heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
     before = {number: signal.signal(number, on_signal) for number in heard}

@@ -9,7 +9,7 @@ from pathlib import Path
 from ernie_dist.spec.errors import RunDirError
 from launcher.base import CRASHED
 from launcher.run_dir import RunDir
-from launcher.submission import Submission
+from launcher.submission import Submission, runs
 
 _PAUSE, _PAUSE_IN_QUEUE = 0.5, 5.0
 """seconds between two looks; a scheduler is asked less often"""
@@ -19,8 +19,8 @@ def print_logs(run_dir: RunDir, rank: int, *, follow: bool) -> None:
     """follow: until nothing runs or waits any more. Raises RunDirError if there is no such log."""
     shown: _Tail | None = None
     while True:
-        runs = follow and run_dir.exists() and run_dir.is_running()
-        over = not runs and not (follow and _waits(run_dir))
+        at_work = follow and runs(run_dir)
+        over = not at_work and not (follow and _waits(run_dir))
         attempt = run_dir.last_attempt()
         path = _log(run_dir, attempt, rank)
         if shown is not None:
@@ -33,21 +33,22 @@ def print_logs(run_dir: RunDir, rank: int, *, follow: bool) -> None:
             raise RunDirError(f"{path or run_dir.root}: no such log; attempt {attempt} has {ranks} rank(s)")
         if over:
             return
-        time.sleep(_PAUSE if runs else _PAUSE_IN_QUEUE)
+        time.sleep(_PAUSE if at_work else _PAUSE_IN_QUEUE)
 
 
 def follow(submission: Submission, run_dir: RunDir) -> int:
-    """Prints what a submitted job prints until it has left the queue. Returns how the run ended."""
-    read = 0
+    """Prints what a submitted job prints until it has left the queue. Returns its exit code."""
+    read, before = 0, run_dir.last_attempt()
     while True:
-        over = not submission.in_queue()
+        over = submission.in_queue() is False
         text = submission.printed(read)
         read += len(text)
         sys.stdout.buffer.write(text)
         sys.stdout.buffer.flush()
         if over:
-            ending = run_dir.ending(run_dir.last_attempt())
-            return int(ending["exit_code"]) if ending else CRASHED
+            code, attempt = submission.exit_code(), run_dir.last_attempt()
+            ending = run_dir.ending(attempt) if attempt > before else None
+            return code if code is not None else int(ending["exit_code"]) if ending else CRASHED
         time.sleep(_PAUSE_IN_QUEUE)
 
 
@@ -60,7 +61,7 @@ def _log(run_dir: RunDir, attempt: int, rank: int) -> Path | None:
 
 def _waits(run_dir: RunDir) -> bool:
     submission = Submission.read(run_dir.files)
-    return submission is not None and submission.in_queue()
+    return submission is not None and submission.in_queue() is not False
 
 
 class _Tail:

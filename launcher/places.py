@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from ernie_dist.spec.errors import ErnieError, SpecError
 from ernie_dist.spec.job import JobSpec
@@ -69,15 +71,15 @@ class OnSlurm:
 
     def _launch_inside(self, job: JobSpec, run_dir: RunDir, how: How) -> int:
         allocation = slurm.Allocation.ours()
-        launcher, policy = slurm.SlurmLauncher(allocation), job.restarts
-        _refuse_other_nodes(job, len(allocation.nodes))
-        if not run_dir.is_running():
-            if allocation.restarts and launcher.given_up(run_dir, policy):
-                return CRASHED
-            _record(run_dir, allocation.job)
-        holder = run_dir.holder()
-        ours = holder is not None and holder.job == f"slurm {allocation.job}"  # from before it was put back
+        launcher = slurm.SlurmLauncher(allocation, partial(_record, run_dir, allocation.job))
+        policy = job.restarts if how.restart else job.restarts.model_copy(update={"max": 0})
+        signal.signal(signal.SIGUSR1, signal.default_int_handler)  # until now it is the script's
         try:
+            _refuse_other_nodes(job, len(allocation.nodes))
+            holder = run_dir.holder()
+            ours = holder is not None and holder.job == f"slurm {allocation.job}"  # from before it was put back
+            if allocation.restarts and (ours or not run_dir.is_running()) and launcher.given_up(run_dir, policy):
+                return CRASHED
             code = launch_job(job, run_dir, launcher, workers=how.workers, restart=how.restart, wait=how.wait or ours)
         except KeyboardInterrupt:
             print("interrupted; what was finished is kept", file=sys.stderr, flush=True)
@@ -99,6 +101,7 @@ class OnRay:
 
     def launch(self, job: JobSpec, run_dir: RunDir, how: How) -> int:
         from launcher.ray.cluster import connect
+        from launcher.ray.data import RayPool
         from launcher.ray.environment import inside, refuse_passing_folder
         from launcher.ray.launcher import RayLauncher
 
@@ -108,7 +111,7 @@ class OnRay:
         refuse_passing_folder("the run directory", run_dir.root)
         launcher = RayLauncher(job)
         connect()
-        return launch_job(job, run_dir, launcher, workers=how.workers, restart=how.restart, wait=how.wait)
+        return launch_job(job, run_dir, launcher, workers=how.workers, restart=how.restart, wait=how.wait, pool=RayPool)
 
 
 PLACES: dict[str, Callable[[], Here | OnSlurm | OnRay]] = {"local": Here, "slurm": OnSlurm, "ray": OnRay}
@@ -119,7 +122,8 @@ def _handed_in(made: Submission, run_dir: RunDir, where: str, how: How) -> int:
     shown = shlex.quote(os.path.relpath(run_dir.root))
     print(
         f"{made.scheduler} job {made.job} submitted: {where}\n"
-        f"  ernie status {shown} --watch    ernie logs {shown} -f    ernie stop {shown}",
+        f"  ernie status {shown} --watch    ernie logs {shown} -f    ernie stop {shown}\n"
+        "Data that is not prepared yet is prepared there, while the nodes wait; `ernie prepare` does it beforehand.",
         flush=True,
     )
     if not how.follow:
@@ -134,7 +138,7 @@ def _handed_in(made: Submission, run_dir: RunDir, where: str, how: How) -> int:
 def _record(run_dir: RunDir, job: str) -> None:
     """Of a script that was handed in without us: for `ernie status`, which asks Slurm."""
     known = Submission.read(run_dir.files)
-    if (known is None or known.job != job) and run_dir.exists():
+    if known is None or known.job != job:
         Submission("slurm", job, "", time.time()).write(run_dir.files)
 
 

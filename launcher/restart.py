@@ -10,7 +10,10 @@ from itertools import takewhile
 from ernie_dist.spec.resilience import RestartSpec
 from launcher.base import FINISHED, STOPPED, WRONG
 
-_ELSEWHERE = ("BadNumbersError", "CheckpointReadError", "CheckpointWriteError", "Hang", "RanksDiffer", "UnfitNode")
+_ELSEWHERE = (
+    *("BadNumbersError", "CheckpointReadError", "CheckpointWriteError", "Hang"),
+    *("NodeLost", "NodesMissing", "RanksDiffer", "UnfitNode"),
+)
 """errors whose cause is not in the data of the step they came at; they count towards restarts.max"""
 LONGEST_WAIT = timedelta(minutes=10)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import json
@@ -102,6 +103,7 @@ class RunDir:
 
         Raises RunDirError if another launch holds it. An old request to stop is forgotten; one made from now on is not.
         """
+        before = _stamp(self.files.stop)
         with self._lock(fcntl.LOCK_EX, tries=None if wait else 10) as got:
             if not got:
                 raise RunDirError(
@@ -110,7 +112,8 @@ class RunDir:
                 )
             lease = Lease.acquire(self.root, attempt=1 + self.last_attempt(), wait=wait, say=_say)
             try:
-                self.files.stop.unlink(missing_ok=True)
+                if before is not None and before == _stamp(self.files.stop):
+                    self.files.stop.unlink(missing_ok=True)
                 if lease.taken_over:
                     self._fence()
                 yield lease
@@ -147,9 +150,12 @@ class RunDir:
     def _lock(self, kind: int, *, tries: int | None) -> Iterator[bool]:
         """Tries again for a moment: whoever only asks whether the run is going on holds the lock that long.
 
-        tries: a tenth of a second each; None waits.
+        tries: a tenth of a second each; None waits. A file system without locks leaves it to the lease.
         """
-        with (self.root / ".lock").open("a") as file:
+        if not self.root.is_dir():
+            yield True
+            return
+        with (self.root / ".lock").open("a+") as file:  # NFS wants it readable for a shared lock
             for number in itertools.count(1):
                 try:
                     fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -161,6 +167,9 @@ class RunDir:
                         continue
                     yield False
                     return
+                except OSError as error:
+                    if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                        raise
                 break
             yield True
 
@@ -231,6 +240,14 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _said(flat: dict[str, Any], key: str) -> str:
     return json.dumps(flat[key], ensure_ascii=False) if key in flat else "(absent)"
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Tells a file from one that takes its place."""
+    with suppress(OSError):
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
 
 
 def _say(text: str) -> None:

@@ -35,6 +35,8 @@ def render_sbatch(
     """
     slurm = resources.slurm
     given = int(slurm.notice.total_seconds()) if slurm.notice else notice
+    if resources.time_limit:  # Slurm warns up to a minute early: a job is not to be warned as it begins
+        given = min(given, max(10, int(resources.time_limit.total_seconds() - 60) // 2))
     options = [*_options(resources), *_fixed(job_name, folder, log, given, resources), *slurm.options]
     head = "\n".join(f"#SBATCH {option}" for option in options)
     _, _, body = _template().partition("# end of the options\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shlex
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ernie_dist.spec.errors import ErnieError
 from ernie_dist.spec.orphan import die_with_parent
@@ -23,10 +25,15 @@ from launcher.node import Nodes, node_command
 from launcher.restart import without_progress
 from launcher.run_dir import RunDir
 
+BATCH_JOB = "ERNIE_BATCH_JOB"
+"""variable that train.sbatch sets to its job"""
 _ENDING = 60.0
 """seconds for all nodes to end after a rank has failed; torchrun gives the ranks of a node 30"""
+_TRIES, _PAUSE = 10, 3.0
+"""of a question to Slurm at the end, and seconds between two"""
 _KILLING = 30.0
 """seconds for Slurm to end a step"""
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,9 @@ class Allocation:
         """Raises EnvironmentProblem if Slurm does not answer."""
         job = environment["SLURM_JOB_ID"]
         nodes = slurm_queue.host_names(environment["SLURM_JOB_NODELIST"])
-        known = slurm_queue.find(job)
+        known = None
+        with suppress(ErnieError):  # it may be about to restart; the end is worth knowing, not worth failing for
+            known = slurm_queue.find(job)
         return cls(
             job=job,
             nodes=nodes,
@@ -68,20 +77,21 @@ def inside() -> bool:
     return "SLURM_JOB_ID" in os.environ and "SLURM_JOB_NODELIST" in os.environ
 
 
+def in_batch_script() -> bool:
+    """Whether our own script runs us: a notebook or a shell in an allocation is nobody's to put back."""
+    return inside() and os.environ.get(BATCH_JOB) == os.environ["SLURM_JOB_ID"]
+
+
 class SlurmLauncher(Launcher):
     """Each attempt is one job step."""
 
     name = "slurm"
 
-    def __init__(self, allocation: Allocation) -> None:
-        self._allocation = allocation
+    def __init__(self, allocation: Allocation, begun: Callable[[], None] = lambda: None) -> None:
+        """begun: called with each attempt, once the run has a folder."""
+        self._allocation, self._begun = allocation, begun
         self.deadline = allocation.end
         self._unfit: dict[str, str] = {}
-
-    @property
-    def restarted(self) -> bool:
-        """Whether the job was in the queue a second time."""
-        return self._allocation.restarts > 0
 
     def render(self, attempt: Attempt) -> str:
         return f"#!/usr/bin/env bash\nexec {shlex.join(self._step(attempt))}\n"
@@ -90,6 +100,7 @@ class SlurmLauncher(Launcher):
         run_dir = RunDir(attempt.run_dir)
         folder = run_dir.files.attempt(attempt.number)
         (folder / "launch.sh").write_text(self.render(attempt), encoding="utf-8")
+        self._begun()
         step = subprocess.Popen(
             self._step(attempt), stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent
         )
@@ -97,7 +108,10 @@ class SlurmLauncher(Launcher):
         try:
             while not end_now() and time.monotonic() < until:
                 with suppress(subprocess.TimeoutExpired):
-                    return step.wait(timeout=0.3)
+                    code = step.wait(timeout=0.3)
+                    if code:
+                        self._note_absent(run_dir, attempt)
+                    return code
                 if until == math.inf and failed.exists():  # srun waits for the tasks of a node that is gone
                     until = time.monotonic() + _ENDING
         finally:
@@ -124,11 +138,13 @@ class SlurmLauncher(Launcher):
 
         What a person stopped or cancelled stays stopped, and so does what gets nowhere.
         """
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # Slurm ends us with it, and there is something to do yet
+            signal.signal(number, signal.SIG_IGN)
         note = read(run_dir.files.stop)
-        if code != STOPPED or (note is not None and not note.is_signal):
+        if code != STOPPED or not in_batch_script() or (note is not None and not note.by_scheduler):
             return code
         job = self._allocation.job
-        known = slurm_queue.find(job)
+        known = _patiently(lambda: slurm_queue.find(job))
         if known is not None and known.starts > self._allocation.restarts:
             _say(f"slurm job {job} goes back into the queue, as Slurm has decided")
             return code
@@ -137,14 +153,11 @@ class SlurmLauncher(Launcher):
             return code
         if self.given_up(run_dir, policy):
             return CRASHED
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # Slurm ends us with it, and there are words to be said yet
-            signal.signal(number, signal.SIG_IGN)
+        without = f", without {', '.join(self._unfit)}" if self._unfit else ""
+        _say(f"stopped before the end of its time: slurm job {job} goes back into the queue{without}")
+        _patiently(lambda: slurm_queue.requeue(job))
         if self._unfit:
-            _say(f"slurm job {job} goes back into the queue, without {', '.join(self._unfit)}")
-            slurm_queue.requeue_without(job, tuple(self._unfit))
-        else:
-            _say(f"stopped before the end of its time: slurm job {job} goes back into the queue")
-            slurm_queue.requeue(job)
+            _patiently(lambda: slurm_queue.exclude(job, tuple(self._unfit)))
         return code
 
     def given_up(self, run_dir: RunDir, policy: RestartSpec) -> bool:
@@ -160,6 +173,18 @@ class SlurmLauncher(Launcher):
             error=True,
         )
         return True
+
+    def _note_absent(self, run_dir: RunDir, attempt: Attempt) -> None:
+        """A node that did not even leave its name, while others did, most likely does not see the run directory."""
+        files = [run_dir.files.node(attempt.number, rank) for rank in range(len(self._allocation.nodes))]
+        if not any(file.exists() for file in files):
+            return
+        for rank, (node, file) in enumerate(zip(self._allocation.nodes, files, strict=True)):
+            if not file.exists():
+                why = "nothing was started on it that could write into the run directory; is that mounted there?"
+                first = rank * attempt.resources.gpus_per_node
+                ranks = [first, first + attempt.resources.gpus_per_node - 1]
+                file.write_text(json.dumps({"host": node, "ranks": ranks, "unhealthy": why}), encoding="utf-8")
 
     def _step(self, attempt: Attempt) -> list[str]:
         here, resources = self._allocation, attempt.resources
@@ -200,6 +225,15 @@ class SlurmLauncher(Launcher):
         if step.poll() is None:
             step.kill()
             step.wait()
+
+
+def _patiently(ask: Callable[[], Answer]) -> Answer:
+    """Again for a while: a controller that restarts, or puts back fifty jobs at once, answers late."""
+    for _ in range(_TRIES - 1):
+        with suppress(ErnieError):
+            return ask()
+        time.sleep(_PAUSE)
+    return ask()
 
 
 def _step_name(attempt: Attempt) -> str:

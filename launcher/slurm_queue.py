@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 from ernie_dist.spec.errors import EnvironmentProblem
 
+_ENDED = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"),
+    *("BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED"),
+)
 _PATIENCE = 60
 """seconds; a controller that is restarted answers late"""
 
@@ -30,8 +36,13 @@ class QueuedJob:
 
     @property
     def in_queue(self) -> bool:
-        """Whether it runs, or will."""
-        return self.state in ("PENDING", "RUNNING", "CONFIGURING", "SUSPENDED", "REQUEUED", "COMPLETING", "RESIZING")
+        """Whether it runs, or will, or is just ending."""
+        return self.state not in _ENDED
+
+    @property
+    def exit_code(self) -> int:
+        """Of its script."""
+        return int(self.fields.get("ExitCode", "0:0").partition(":")[0])
 
     @property
     def may_go_on(self) -> bool:
@@ -46,8 +57,11 @@ class QueuedJob:
     @property
     def end(self) -> float | None:
         """When Slurm takes its nodes away, in seconds since the epoch; None if it has not said."""
+        return self._moment("EndTime")
+
+    def _moment(self, field: str) -> float | None:
         try:
-            return datetime.fromisoformat(self.fields.get("EndTime", "")).timestamp()
+            return datetime.fromisoformat(self.fields.get(field, "")).replace(tzinfo=timezone.utc).timestamp()
         except ValueError:  # "Unknown", "NONE"
             return None
 
@@ -55,11 +69,11 @@ class QueuedJob:
         reason, nodes = self.fields.get("Reason", "None"), self.fields.get("NodeList", "(null)")
         said = self.state
         said += f" ({reason})" if reason not in ("None", "") else ""
-        begins = self.fields.get("StartTime", "Unknown")
-        if self.state == "PENDING" and begins not in ("Unknown", "N/A"):
-            said += f", expected to start {begins.replace('T', ' ')}"
+        begins = self._moment("StartTime")
+        if self.state == "PENDING" and begins is not None:
+            said += f", expected to start {_shown_time(begins)}"
         if self.state == "RUNNING" and self.end is not None:
-            said += f", until {self.fields['EndTime'].replace('T', ' ')}"
+            said += f", until {_shown_time(self.end)}"
         return said if nodes in ("(null)", "") else f"{said}, on {nodes}"
 
 
@@ -88,15 +102,14 @@ def requeue(job: str) -> None:
     command("scontrol", "requeue", job)
 
 
-def requeue_without(job: str, nodes: Sequence[str]) -> None:
-    """The same, on other nodes from now on. A job can be told so as soon as it does not run any more.
+def exclude(job: str, nodes: Sequence[str]) -> None:
+    """On other nodes from now on. A job can be told so as soon as it does not run any more: right after `requeue`.
 
-    Slurm ends every process of the job at once: the caller, and so the second command, has to ignore SIGTERM.
+    Slurm ends every process of the job at once: the caller, and so this command, has to ignore SIGTERM.
     """
     known = find(job)
     before = known.fields.get("ExcNodeList", "(null)") if known else "(null)"
     excluded = ",".join([*([] if before == "(null)" else [before]), *nodes])
-    command("scontrol", "requeue", job)
     command("scontrol", "update", f"JobId={job}", f"ExcNodeList={excluded}")
 
 
@@ -106,15 +119,18 @@ def host_names(node_list: str) -> tuple[str, ...]:
 
 
 def address(node: str) -> str:
-    """Where other nodes reach it."""
-    fields = dict(re.findall(r"(\w+)=(\S*)", command("scontrol", "show", "node", "--oneliner", node)))
-    return fields.get("NodeAddr", node)
+    """Where other nodes reach it: as Slurm does, or by its name where a person may not ask."""
+    with suppress(EnvironmentProblem):
+        said = command("scontrol", "show", "node", "--oneliner", node)
+        return dict(re.findall(r"(\w+)=(\S*)", said)).get("NodeAddr", node)
+    return node
 
 
 def steps(job: str) -> dict[str, str]:
     """name -> id of the job's steps that run."""
-    said = command("squeue", "--steps", "--noheader", "--jobs", job, "--format", "%j %i")
-    return dict(line.split() for line in said.splitlines() if line.strip())
+    said = command("squeue", "--steps", "--noheader", "--jobs", job, "--format", "%i %j")
+    rows = (line.strip().partition(" ") for line in said.splitlines())
+    return {name: number for number, _, name in rows}
 
 
 def kill_step(step: str) -> None:
@@ -126,13 +142,24 @@ def command(*words: str) -> str:
     if shutil.which(words[0]) is None:
         raise EnvironmentProblem(f"{words[0]}: not found; run this where Slurm's commands are, such as a login node")
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_PATIENCE, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            words,
+            env={**os.environ, "TZ": "UTC", "SLURM_TIME_FORMAT": "standard"},
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE,
+            stdin=subprocess.DEVNULL,
+        )
     except subprocess.TimeoutExpired:
         raise EnvironmentProblem(f"{words[0]}: Slurm gave no answer within {_PATIENCE} s; try again later") from None
     if done.returncode:
         said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
         raise EnvironmentProblem(f"{_shown(words)}: {said}")
     return done.stdout
+
+
+def _shown_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).isoformat(sep=" ", timespec="seconds")
 
 
 def _shown(words: Sequence[str]) -> str:

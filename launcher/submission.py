@@ -20,6 +20,7 @@ from ernie_dist.spec.errors import ErnieError, RunDirError
 from ernie_dist.spec.job import JobSpec
 from ernie_dist.spec.run_files import RunFiles
 from launcher import slurm_queue
+from launcher.base import FINISHED
 from launcher.run_dir import RunDir
 from launcher.sbatch import DEFAULT_NOTICE, render_sbatch
 
@@ -38,7 +39,7 @@ class Submission:
     """of a Ray cluster's dashboard"""
 
     def write(self, files: RunFiles) -> None:
-        files.submission.mkdir(parents=True, exist_ok=True)
+        _make_folder(files)
         path = files.submission / "handle.json"
         aside = path.with_suffix(".tmp")
         aside.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
@@ -53,17 +54,27 @@ class Submission:
     def described(self) -> str:
         """What its scheduler says of it now; why not, if it does not answer."""
         try:
-            said = self._queue.state(self)[0]
+            said = self._queue.state(self).words
         except ErnieError as error:
             said = str(error)
         return f"{self.scheduler} job {self.job}: {said}"
 
-    def in_queue(self) -> bool:
-        """Whether it waits or runs, as far as can be seen from here."""
+    def in_queue(self) -> bool | None:
+        """Whether it waits or runs; None if its scheduler does not answer."""
         try:
-            return self._queue.state(self)[1]
+            return self._queue.state(self).in_queue
         except ErnieError:
-            return False
+            return None
+
+    def waits(self) -> bool:
+        """Whether none of it runs yet, or again. Raises ErnieError if its scheduler does not answer."""
+        return self._queue.state(self).waits
+
+    def exit_code(self) -> int | None:
+        """What the job ended with; None if it has not, or that cannot be seen."""
+        with suppress(ErnieError):
+            return self._queue.state(self).exit_code
+        return None
 
     def cancel(self) -> None:
         self._queue.cancel(self)
@@ -79,12 +90,21 @@ class Submission:
         return _OnRay() if self.scheduler == "ray" else _OnSlurm()
 
 
+@dataclass(frozen=True)
+class _State:
+    """How a submitted job is."""
+
+    words: str
+    in_queue: bool = False
+    """whether it waits or runs"""
+    waits: bool = False
+    exit_code: int | None = None
+
+
 class _Queue(Protocol):
     """What a scheduler can be asked. Raises ErnieError where it does not answer."""
 
-    def state(self, given: Submission) -> tuple[str, bool]:
-        """In words, and whether the job waits or runs."""
-        ...
+    def state(self, given: Submission) -> _State: ...
 
     def cancel(self, given: Submission) -> None: ...
 
@@ -92,9 +112,11 @@ class _Queue(Protocol):
 
 
 class _OnSlurm:
-    def state(self, given: Submission) -> tuple[str, bool]:
+    def state(self, given: Submission) -> _State:
         known = slurm_queue.find(given.job)
-        return (str(known), known.in_queue) if known else ("no longer known", False)
+        if known is None:
+            return _State("no longer known")
+        return _State(str(known), known.in_queue, known.state == "PENDING", None if known.in_queue else known.exit_code)
 
     def cancel(self, given: Submission) -> None:
         slurm_queue.cancel(given.job)
@@ -106,15 +128,28 @@ class _OnSlurm:
 
 
 class _OnRay:
-    def state(self, given: Submission) -> tuple[str, bool]:
+    def state(self, given: Submission) -> _State:
         state = _ray_jobs().state(given.address, given.job)
-        return state, not _ray_jobs().is_over(state)
+        return _State(
+            state, not _ray_jobs().is_over(state), state == "PENDING", FINISHED if state == "SUCCEEDED" else None
+        )
 
     def cancel(self, given: Submission) -> None:
         _ray_jobs().cancel(given.address, given.job)
 
     def printed(self, given: Submission, after: int) -> bytes:
         return _ray_jobs().log(given.address, given.job).encode()[after:]
+
+
+def runs(run_dir: RunDir) -> bool:
+    """Whether a launch is at work. A lease that nobody can look into counts, unless its scheduler says it is over."""
+    if not (run_dir.exists() and run_dir.is_running()):
+        return False
+    holder, submission = run_dir.holder(), Submission.read(run_dir.files)
+    if holder is None or submission is None or holder.alive() is not None:
+        return True
+    ours = holder.job == f"{submission.scheduler} {submission.job}"
+    return not (ours and (submission.in_queue() is False or (submission.in_queue() and submission.waits())))
 
 
 def slurm_script(job: JobSpec, run_dir: RunDir, options: Sequence[str] = ()) -> str:
@@ -157,15 +192,21 @@ def submit_to_ray(job: JobSpec, run_dir: RunDir, options: Sequence[str] = ()) ->
 def _write_job(job: JobSpec, run_dir: RunDir) -> Path:
     run_dir.refuse_foreign_files()
     files, before = run_dir.files, Submission.read(run_dir.files)
-    if before is not None and before.in_queue():
+    if before is not None and before.in_queue() is not False:
         raise RunDirError(
             f"{run_dir.root}: {before.described()}; watch it with `ernie status {run_dir.root}`, end it with "
             f"`ernie stop {run_dir.root}`"
         )
-    files.submission.mkdir(parents=True, exist_ok=True)
+    _make_folder(files)
     copy = files.submission / "job.json"
     copy.write_text(job.model_dump_json(indent=1), encoding="utf-8")
     return copy
+
+
+def _make_folder(files: RunFiles) -> None:
+    """What a job prints may show more than others should read."""
+    files.root.mkdir(parents=True, exist_ok=True)
+    files.submission.mkdir(mode=0o700, exist_ok=True)
 
 
 def _ray_jobs() -> ModuleType:

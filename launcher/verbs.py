@@ -15,7 +15,7 @@ from ernie_dist.spec.lease import Vigil
 from ernie_dist.spec.run_files import checkpoint_step, complete_checkpoints
 from ernie_dist.spec.stop_file import StopNote, ask
 from launcher.run_dir import RunDir
-from launcher.submission import Submission
+from launcher.submission import Submission, runs
 
 
 def plan(options: Namespace) -> None:
@@ -80,19 +80,23 @@ def logs(options: Namespace) -> None:
 
 def stop(options: Namespace) -> int:
     run_dir = _existing(options.run_dir)
-    if not run_dir.is_running():
-        submission = Submission.read(run_dir.files)
-        if submission is not None and submission.in_queue():  # nothing of it has begun
-            said = submission.described()
+    submission = Submission.read(run_dir.files)
+    if submission is not None and submission.waits():  # whatever an earlier start of it left behind
+        said = submission.described()
+        submission.cancel()
+        print(f"cancelled: {said}")
+        return 0
+    if not runs(run_dir):
+        if submission is not None and submission.in_queue():  # it has its nodes, and has not begun
             submission.cancel()
-            print(f"cancelled: {said}")
+            print(f"cancelled: {submission.described()}")
         else:
             print("nothing is running here")
         return 0
     ask(run_dir.files.stop, StopNote("ernie stop", notice=options.notice, now=options.now))
     print("asked to end at once" if options.now else "asked to stop after this step, with a checkpoint")
     vigil = Vigil()
-    while options.wait and run_dir.is_running():
+    while options.wait and runs(run_dir):
         holder = run_dir.holder()
         if holder is not None and vigil.alive(holder) is False:
             raise RunDirError(f"{run_dir.root}: {holder} gives no sign of life; the next launch takes over")

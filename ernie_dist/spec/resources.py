@@ -6,7 +6,15 @@ import re
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from ernie_dist.spec.strict import Strict
 
@@ -76,12 +84,21 @@ class SlurmSpec(Strict):
     container: ContainerSpec | None = None
     options: tuple[str, ...] = Field((), description="further options of sbatch, as written: --mail-type=FAIL")
 
+    @field_validator("options")
+    @classmethod
+    def _one_job_here(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+        for option in options:
+            if re.match(r"--array|-a|--clusters?|-M|--wrap", option):
+                raise ValueError(f"{option} cannot be used: a run is one job of the cluster one submits from")
+        return options
+
 
 class RaySpec(Strict):
     """Settings of a Ray cluster."""
 
     address: str | None = Field(None, description="of the dashboard, to submit to: http://head:8265")
     cpus_per_node: int | None = Field(None, ge=1, description="default: one per rank")
+    gpus: bool | None = Field(None, description="whether nodes need GPUs; default: if the cluster has any at the time")
     labels: dict[str, str] = Field({}, description="what nodes must be labelled with: {team: law}")
     wait_for_nodes: TimeLimit = Field(
         timedelta(minutes=1),
@@ -108,6 +125,12 @@ class ResourcesSpec(Strict):
     )
     slurm: SlurmSpec = SlurmSpec()
     ray: RaySpec = RaySpec()
+
+    @model_validator(mode="after")
+    def _enough_nodes(self) -> ResourcesSpec:
+        if self.min_nodes is not None and self.min_nodes > self.nodes:
+            raise ValueError(f"min_nodes {self.min_nodes} is more than nodes {self.nodes}")
+        return self
 
     @property
     def world_size(self) -> int:

@@ -35,8 +35,9 @@ class StopNote:
     """the run goes on by itself: only the nodes of this attempt are to be taken away"""
 
     @property
-    def is_signal(self) -> bool:
-        return self.reason in {number.name for number in SIGNALS}
+    def by_scheduler(self) -> bool:
+        """Whether it came as a signal that no person's terminal sends."""
+        return self.reason in (signal.SIGTERM.name, signal.SIGUSR1.name)
 
 
 def ask(file: Path, note: StopNote) -> None:

@@ -50,10 +50,13 @@ class Request:
 
     @classmethod
     def of(cls, resources: ResourcesSpec, without: Collection[str] = ()) -> Request:
-        """GPUs are asked for where the cluster has any: on one without them ranks are processes on CPUs."""
+        """GPUs are asked for where the job wants them, or else the cluster has any: without them ranks are on CPUs."""
         ranks = resources.gpus_per_node
         bundle = {"CPU": float(resources.ray.cpus_per_node or ranks)}
-        if any(node["Resources"].get("GPU") for node in _alive()):
+        wanted = resources.ray.gpus
+        if wanted is None:
+            wanted = any(node["Resources"].get("GPU") for node in _alive())
+        if wanted:
             bundle["GPU"] = float(ranks)
         return cls(bundle, dict(resources.ray.labels), frozenset(without))
 

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from ernie_dist.preflight import differing, wrong_clocks
+from ernie_dist.preflight import differing, preflight, wrong_clocks
 from ernie_dist.spec.run_files import RunFiles
+from ernie_dist.world import World
 
 HERE = Path(__file__).parent
 DISGUISE = """
@@ -112,3 +114,15 @@ def test_most_ranks_are_right_and_where_there_is_no_most_rank_0_is():
     assert wrong_clocks([500.0, 400.0], [(0, "a"), (1, "b")]) == {
         1: "its clock is 100 s behind, 60 s are allowed; set it (chronyc makestep)"
     }
+
+
+def test_one_rank_has_nothing_to_compare_and_is_warned_of_company_on_a_fake_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    alone = World(node="n7")
+    assert preflight(RunFiles(tmp_path), 1, alone).nodes == ("n7",) and not caplog.text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for free, said in ((75, ""), (40, "of GPU 0 40.0 of 80.0 GiB are in use before we begin; 10% are allowed")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free << 30, 80 << 30))
+        assert preflight(RunFiles(tmp_path), 1, alone).bandwidth is None
+        assert said in caplog.text and bool(said) == bool(caplog.text)

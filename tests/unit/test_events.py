@@ -28,6 +28,7 @@ from ernie_dist.events.event import (
     Event,
     EventBus,
     Finished,
+    Preflight,
     Restored,
     StageStarted,
     StepFinished,
@@ -264,6 +265,8 @@ def test_plain_lines_are_few_and_name_what_happens():
 def test_live_line_is_redrawn_below_what_stays():
     stream, now = Terminal(), [0.0]
     sink = ConsoleSink(stream, clock=lambda: now[0], width=60)
+    sink.handle(Preflight(2, ("n1",), 0.1))
+    sink.handle(Preflight(2, tuple(f"n{node}" for node in range(9)), 0.1, 2.5e-5, 187e9))
     sink.handle(started(2, 4, device="cuda"))
     sink.handle(Restored(2, 4, 4096, "step_00000004", 0.3))
     for step in range(5, 9):
@@ -272,10 +275,12 @@ def test_live_line_is_redrawn_below_what_stays():
     sink.handle(Stopped(8, "SIGTERM"))
     sink.close()
     screen = stream.screen()
-    assert screen[1] == "goes on from step_00000004: step 4, read in 0.3 s"
-    assert screen[2] == "stopped after step 8 (SIGTERM); launch again to go on"
-    assert screen[3].startswith("阶段") and screen[3].endswith("…") and display_width(screen[3]) <= 59
-    assert screen[4:] == [""] and "no GPU" not in stream.getvalue()
+    network = "all-reduce in 0.025 ms, bus bandwidth 187 GB/s"
+    assert screen[0] == f"9 nodes (n0, n1, n2, n3, n4, n5, n6, n7 and 1 more): {network}"
+    assert screen[2] == "goes on from step_00000004: step 4, read in 0.3 s"
+    assert screen[3] == "stopped after step 8 (SIGTERM); launch again to go on"
+    assert screen[4].startswith("阶段") and screen[4].endswith("…") and display_width(screen[4]) <= 59
+    assert screen[5:] == [""] and "no GPU" not in stream.getvalue()
 
 
 def test_wording():

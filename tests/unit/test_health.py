@@ -122,11 +122,11 @@ def test_a_full_disk_is_found_by_writing_to_it(tmp_path: Path, monkeypatch: pyte
 def test_shared_memory_too_small_for_nccl_is_found_with_a_fake_nvidia_smi(smi: Smi, tmp_path: Path):
     smi()
     code = f"import pathlib, launcher.health as h; print(h.problems(pathlib.Path({str(tmp_path)!r}), 2, None))"
-    script = f'mount -t tmpfs -o size=32m tmpfs /dev/shm && exec {sys.executable} -c "{code}"'
+    script = f'mount -t tmpfs -o size=8m tmpfs /dev/shm && exec {sys.executable} -c "{code}"'
     done = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True)
     if "denied" in done.stderr or "not permitted" in done.stderr:
         pytest.skip("mounting is not allowed here")
-    assert done.stdout.startswith("['/dev/shm: 32 MiB free, NCCL needs 40 MiB for 2 GPUs;"), done.stderr
+    assert done.stdout.startswith("['/dev/shm: 8 MiB free, NCCL needs 10 MiB for 2 GPUs;"), done.stderr
     assert "--shm-size=1g" in done.stdout
 
 

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,7 +147,11 @@ def test_a_dry_run_on_slurm_prints_the_script_and_writes_nothing(
         ),
     ],
 )
-def test_what_slurm_says_of_a_job_in_one_line(fields: dict[str, str], said: str) -> None:
+def test_what_slurm_says_of_a_job_in_one_line(
+    fields: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
     assert str(QueuedJob("7", fields)) == said
 
 

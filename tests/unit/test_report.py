@@ -19,6 +19,7 @@ from ernie_dist.events.event import (
     EventBus,
     Finished,
     HangDetected,
+    Preflight,
     Restored,
     StageStarted,
     StepFinished,
@@ -114,6 +115,7 @@ def run_attempt(
 ) -> None:
     """What a real attempt emits that restores after step `first` and is killed after `last`, unless that is the end."""
     bus = EventBus([JsonlSink(files)])
+    bus.emit(Preflight(number, (f"n{number}", "n9"), 0.4, 0.00021, 1.3e9))
     if first:
         bus.emit(Restored(number, first, job.consumed_tokens(first), f"step_{first:08d}", 0.8))
     versions = {"ernie_dist": "0.1.0", "torch": "2.13.0", "deepspeed": "0.19.8"}
@@ -239,6 +241,8 @@ def test_summary_agrees_with_the_record(interrupted, job):
         (1, "killed", None, 67),
         (2, "finished", "step_00000060", 60),
     ]
+    assert [attempt.nodes for attempt in run.attempts] == [("n1", "n9"), ("n2", "n9")]
+    assert run.attempts[1].network == "all-reduce in 0.21 ms, bus bandwidth 1.3 GB/s"
     assert len(run.replays) == run.identical_replays == 7
     assert [(c.step, c.kept) for c in run.checkpoints] == [(30, False), (60, False), (90, False), (120, True)]
     qa = run.sources[3]

@@ -110,5 +110,14 @@ def test_a_rank_that_was_killed_is_the_cause_whatever_the_others_say(tmp_path: P
     log.write_text(summary.format(0, 0, 1) + summary.format(1, 1, -9))
     found = history.cause(run, 1, 1)
     assert found.exit_code == CRASHED and "rank 1 was killed by signal 9" in found.message
-    log.write_text(summary.format(1, 1, -15))  # torchrun ends the others so
-    assert history.cause(run, 1, 1).exit_code == WRONG
+    for victim in (-15, -6):  # torchrun ends the others so, and NCCL those that lost a neighbour
+        log.write_text(summary.format(1, 1, victim))
+        assert history.cause(run, 1, 1).exit_code == WRONG
+    run.files.error(1).unlink()
+    assert "signal 6" in history.cause(run, 1, 1).message
+    for number, host in enumerate(("n1", "n2")):
+        run.files.node(1, number).parent.mkdir(exist_ok=True)
+        content = {"host": host, "ranks": [number, number], **({"unhealthy": "a full disk"} if number else {})}
+        run.files.node(1, number).write_text(json.dumps(content))
+    found = history.cause(run, 1, 1)
+    assert (found.kind, found.message) == ("UnfitNode", "a node is not fit: n2: a full disk")

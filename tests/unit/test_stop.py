@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import pytest
 from ernie_dist.spec.stop_file import DEADLINE, StopNote, ask, ask_once, read
 from ernie_dist.stop import StopRequest
 from ernie_dist.world import World
+from launcher.launch import _signals_become
+from launcher.run_dir import RunDir
 
 
 def test_any_file_is_a_request_and_a_signal_does_not_overwrite_a_notice(tmp_path: Path) -> None:
@@ -56,3 +60,40 @@ def test_the_time_limit_stops_a_run_early_enough_for_a_step_and_a_save(
     monkeypatch.setenv(DEADLINE, str(time.time() + 100))
     first = StopRequest((tmp_path / "stop",), World())
     assert not first.pending() and first.save_fits()
+
+
+def test_a_signal_adds_to_what_a_person_asked_and_never_takes_its_place(tmp_path: Path) -> None:
+    stop, left = tmp_path / "stop", iter([None, 12.0, 9.0])
+    for before, reason, notice in (
+        (None, "SIGUSR1", None),
+        (StopNote("SIGUSR1"), "SIGTERM", 12.0),
+        (StopNote("ernie stop", notice=30), "ernie stop", 9.0),
+    ):
+        stop.unlink(missing_ok=True)
+        if before:
+            ask(stop, before)
+        with _signals_become(stop, lambda: next(left)):
+            signal.raise_signal(signal.SIGTERM if reason == "SIGTERM" else signal.SIGUSR1)
+        note = read(stop)
+        assert note == StopNote(reason, notice)
+        assert note.by_scheduler == (reason != "ernie stop")
+
+
+def test_a_stop_that_is_asked_for_while_a_launch_waits_is_not_forgotten(tmp_path: Path) -> None:
+    first, second = RunDir(tmp_path), RunDir(tmp_path)
+    ask(first.files.stop, StopNote("of the last launch"))
+    with first.owned():
+        assert not first.files.stop.exists()
+        ask(first.files.stop, StopNote("ernie stop"))
+        thread = threading.Thread(target=lambda: asked.append(_stop_seen_by(second)))
+        asked: list[StopNote | None] = []
+        thread.start()
+        time.sleep(0.3)
+        ask(first.files.stop, StopNote("for the next one too"))
+    thread.join(timeout=60)
+    assert asked == [StopNote("for the next one too")]
+
+
+def _stop_seen_by(run: RunDir) -> StopNote | None:
+    with run.owned(wait=True):
+        return read(run.files.stop)

@@ -69,6 +69,7 @@ def test_a_phase_may_take_its_floor_or_a_multiple_of_the_longest_seen():
     assert limit(Phase.STEP, spec, {Phase.STEP: 60.0, Phase.SAVE: 9000.0}) == 300
     assert limit(Phase.STEP, spec, {Phase.STEP: 100.0}) == 400
     assert limit(Phase.FIRST_STEP, spec, {Phase.STEP: 100.0}) == limit(Phase.SAVE, spec, {}) == 1800
+    assert limit(Phase.PREFLIGHT, spec, {Phase.START: 400.0}) == 600, "a network that is silent is not waited for long"
 
 
 def test_a_rank_that_never_came_up_is_named(tmp_path):
