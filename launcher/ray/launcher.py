@@ -218,7 +218,8 @@ def _words(attempt: Attempt, nodes: Nodes, rank: int | None = None) -> list[str]
 
 def _lost(files: RunFiles, attempt: Attempt, member: _Member | None, error: Exception) -> int:
     """What the ranks of other nodes say from now on is only that they lost a neighbour."""
-    reason = str(error).strip().splitlines()[-1].strip()
+    silent = isinstance(error, ray.exceptions.ActorUnavailableError)
+    reason = "it does not answer any more" if silent else str(error).strip().splitlines()[-1].strip()
     name, rank = (member.name, member.rank) if member else ("a node", 0)
     first = rank * attempt.resources.gpus_per_node
     _leave_error(files, attempt.number, first, "NodeLost", f"{name} was lost: {reason}")
