@@ -99,12 +99,12 @@ def main() -> int:
     path = files.node(options.attempt, number)
     path.parent.mkdir(exist_ok=True)
     _write(path, record)
+    os.environ.update(rank_environment(nodes.ranks_per_node, options.deadline))  # a site's check may ask for ERNIE_NODE
     found = problems(files.attempt(options.attempt), nodes.ranks_per_node, options.health_check)
     if found:
         _write(path, {**record, "unhealthy": "; ".join(found)})
         print(f"node {record['host']} is not fit: {'; '.join(found)}", file=sys.stderr, flush=True)
         return 1
-    os.environ.update(rank_environment(nodes.ranks_per_node, options.deadline))
     command = torchrun(options.run_dir, options.attempt, nodes, number)
     os.execv(command[0], command)
 

@@ -128,6 +128,8 @@ class RunDir:
 
     def is_running(self) -> bool:
         """Whether a launch holds the directory. One on another host is taken to live until it lets go."""
+        if not self.root.is_dir():
+            return False
         with self._lock(fcntl.LOCK_SH, tries=1) as got:
             if not got:
                 return True

@@ -176,6 +176,8 @@ class SlurmLauncher(Launcher):
 
     def _note_absent(self, run_dir: RunDir, attempt: Attempt) -> None:
         """A node that did not even leave its name, while others did, most likely does not see the run directory."""
+        if read(run_dir.files.stop) is not None or history.unfit_nodes(run_dir, attempt.number):
+            return  # it was ended before it could: by Slurm, or because another node is not fit
         files = [run_dir.files.node(attempt.number, rank) for rank in range(len(self._allocation.nodes))]
         if not any(file.exists() for file in files):
             return

@@ -58,14 +58,14 @@ def ranks(root: Path, folders: list[Path]) -> list[list[dict]]:
     finally:
         for process in started:
             process.kill()
-    if "not permitted" in outputs[1][1] or "denied" in outputs[1][1]:
-        pytest.skip("mounting is not allowed here")
     assert [process.returncode for process in started] == [0, 0], outputs
     return [[json.loads(line) for line in output.splitlines() if line.startswith("{")] for output, _ in outputs]
 
 
 @pytest.mark.distributed
 def test_a_node_that_differs_is_named_and_its_file_says_why(tmp_path: Path):
+    if subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]).returncode:
+        pytest.skip("mounting is not allowed here")
     folders = {name: RunFiles(tmp_path / name) for name in ("good", "hidden", "job", "deaf", "versions")}
     for files in folders.values():
         files.node(1, 0).parent.mkdir(parents=True)
