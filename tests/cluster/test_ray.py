@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from ray_cluster import RayCluster
@@ -174,6 +175,7 @@ def test_a_lost_node_a_stop_and_a_second_submission_leave_no_trace_in_the_curve(
     jobs.cluster.kill(victim)
     jobs.until(first, lambda: (jobs.steps(run, 2) or [0])[-1] >= 35)
     assert len(jobs.nodes(run, 2)) == 2 and victim not in jobs.nodes(run, 2)
+    assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
     jobs.cluster.ask(f"/api/jobs/{first}/stop", method="POST")
     assert jobs.wait(first) == "STOPPED"
 
