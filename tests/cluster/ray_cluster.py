@@ -46,6 +46,7 @@ class RayCluster:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_raylet_start_wait_time_s": "120",
+            "OMP_WAIT_POLICY": "PASSIVE",  # ranks share two cores: threads that spin take turns with those that work
             # A machine that is lost without a word is noticed after this; Ray's own are 10 s, 3 s, 5 times.
             "RAY_health_check_initial_delay_ms": "2000",
             "RAY_health_check_period_ms": "1000",
