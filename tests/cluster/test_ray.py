@@ -160,10 +160,10 @@ def test_data_is_prepared_over_the_cluster_byte_for_byte_as_on_one_machine(jobs:
     assert refused["ray"] == refused["local"]
 
 
-def test_a_lost_node_a_stop_and_a_second_submission_leave_no_trace_in_the_curve(jobs: Jobs, uninterrupted):
+def test_a_lost_node_a_stop_and_a_second_submission_leave_no_trace_in_the_curve(jobs: Jobs, uninterrupted, tmp_path):
     run, files = "lost", jobs.files("lost")
     jobs.cluster.have(3)
-    secrets = jobs.folder / "secrets.env"
+    secrets = tmp_path / "secrets.env"
     secrets.touch(mode=0o600)
     secrets.write_text(f"WANDB_API_KEY={SECRET}\n")
     sets = ("--set", f"resources.ray.environment_file={secrets}")
