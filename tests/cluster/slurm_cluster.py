@@ -77,7 +77,8 @@ class SlurmCluster:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ernie-slurm-", dir="/tmp"))  # a socket's path has to be short
         path = os.pathsep.join([str(Path(sys.executable).parent), _PATH])  # where `ernie` is
-        self.environment = {**os.environ, "PATH": path, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        outside = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
+        self.environment = {**outside, "PATH": path, "SLURM_CONF": str(self.folder / "slurm.conf")}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     @staticmethod
@@ -127,15 +128,10 @@ class SlurmCluster:
         listed = self.show(job).get("NodeList", "(null)")
         return [] if listed == "(null)" else self.run("scontrol", "show", "hostnames", listed).split()
 
-    def wait(self, happened: Callable[[], object], seconds: float = 60, *, what: str = "it never happened") -> None:
-        deadline = time.monotonic() + seconds
-        while not happened():
-            assert time.monotonic() < deadline, what
-            time.sleep(0.1)
-
     def finish(self, job: int, seconds: float = 300) -> str:
-        """The state in which a job ended for good."""
-        self.wait(lambda: self.state(job) in ENDED, seconds, what=f"job {job} is {self.state(job)} after {seconds} s")
+        """The state in which a job ended for good; the one it is in after that time, if it did not."""
+        with suppress(AssertionError):
+            self._wait(lambda: self.state(job) in ENDED, seconds)
         return self.state(job)
 
     # -- what happens to a cluster ------------------------------------------------------------------------------------
@@ -154,17 +150,33 @@ class SlurmCluster:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def start_node(self, node: str) -> None:
-        """Starts a node's daemon; with `wait_idle` afterwards it is back in service."""
+    def clear(self) -> None:
+        """Ends every job and starts every node that was killed: all of them wait for a job then."""
+        self.run("scancel", "--user=root")
+        for node in NODES:
+            if f"slurmd-{node}" not in self._daemons:
+                self._start_node(node)
+        self._wait_idle()
+
+    def _start_node(self, node: str) -> None:
         self._daemon(f"slurmd-{node}", "slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
 
-    def wait_idle(self, seconds: float = 60) -> None:
-        """Until every node waits for a job."""
+    def _wait_idle(self) -> None:
+        def states() -> list[str]:
+            return self.run("sinfo", "--noheader", "--format=%T", check=False).splitlines()
 
-        def states() -> str:
-            return self.run("sinfo", "--noheader", "--format=%N %T", check=False)
+        self._wait(lambda: set(states()) == {"idle"}, 60)
 
-        self.wait(lambda: {line.split()[1:] == ["idle"] for line in states().splitlines()} == {True}, seconds)
+    def _wait(self, happened: Callable[[], object], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not happened():
+            assert time.monotonic() < deadline, f"it never happened\n{self._said()}"
+            time.sleep(0.1)
+
+    def _said(self) -> str:
+        """The daemons' last words."""
+        files = sorted(self.folder.glob("*.out"))
+        return "\n".join(f"{file}:\n{file.read_text(errors='replace')[-1500:]}" for file in files)
 
     def processes(self, node: str) -> list[int]:
         """What Slurm started on a node, its slurmstepd included."""
@@ -200,11 +212,11 @@ class SlurmCluster:
             f"--pid-file={self.folder}/munged.pid", f"--log-file={self.folder}/munged.log",
             f"--seed-file={self.folder}/munged.seed",
         )  # fmt: skip
-        self.wait(socket_path.exists, 10, what="munged does not start")
+        self._wait(socket_path.exists, 10)
         self._daemon("slurmctld", "slurmctld", "-D", "-c", "-f", str(conf))
         for node in NODES:
-            self.start_node(node)
-        self.wait_idle()
+            self._start_node(node)
+        self._wait_idle()
 
     def _daemon(self, name: str, *command: str) -> None:
         """In the foreground, as our child: it ends with us, whatever happens to us."""

@@ -132,6 +132,12 @@ class Jobs:
                 time.sleep(0.02)
 
 
+@pytest.fixture(autouse=True)
+def four_idle_nodes(slurm_cluster: SlurmCluster) -> Iterator[None]:
+    yield
+    slurm_cluster.clear()
+
+
 @pytest.fixture(scope="module")
 def jobs(slurm_cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     """The job of the promises, longer and with larger batches, on two nodes of one rank."""
@@ -199,7 +205,6 @@ def test_a_job_goes_on_through_preemptions_a_requeue_its_time_limit_and_a_lost_n
     cluster.kill_node(lost)
     jobs.back_in_queue(run, job, 6)
     assert cluster.finish(job) == "COMPLETED", jobs.log(run, job)
-    cluster.start_node(lost)
 
     assert jobs.curve(run) == uninterrupted and jobs.restarts(job) == 6
     ends, said = jobs.ends(run), jobs.log(run, job)
@@ -212,8 +217,8 @@ def test_a_job_goes_on_through_preemptions_a_requeue_its_time_limit_and_a_lost_n
     assert {3, 6} <= {replay.first_attempt for replay in replayed} and all(replay.identical for replay in replayed)
     assert len(jobs.wandb_runs(run)) == 1
     followed, _ = follower.communicate(timeout=60)
-    assert followed.count("on 2 CPU ranks") == 7 and f"finished: {STEPS} steps" in followed
-    cluster.wait_idle()
+    assert all(f"attempt {attempt} on 2 CPU ranks" in followed for attempt in ends), followed
+    assert f"finished: {STEPS} steps" in followed
 
 
 def test_a_job_goes_on_after_a_killed_rank_a_lost_batch_host_and_scancel(jobs: Jobs, uninterrupted):
@@ -232,7 +237,6 @@ def test_a_job_goes_on_after_a_killed_rank_a_lost_batch_host_and_scancel(jobs: J
     jobs.back_in_queue(run, job, 1)
     jobs.between_saves(run, job, 3)
     assert host not in jobs.nodes(run, 3)
-    cluster.start_node(host)
 
     cluster.run("scancel", str(job))
     assert cluster.finish(job, 60) == "CANCELLED", jobs.log(run, job)
