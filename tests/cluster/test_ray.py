@@ -17,7 +17,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from ray_cluster import RayCluster
+from ray_cluster import ROOT, RayCluster
+from slurm_cluster import SlurmCluster
 
 from ernie_dist.events.history import read_all_attempts, read_metrics
 from ernie_dist.spec.run_files import RunFiles
@@ -232,3 +233,21 @@ def test_a_node_to_be_taken_away_costs_no_step_and_the_run_goes_on_with_those_th
     assert [point[2] for point in curve.values()] == [point[2] for point in uninterrupted.values()]
     losses = [point[0] for point in uninterrupted.values()]
     assert [point[0] for point in curve.values()] == pytest.approx(losses, rel=1e-4), "sums in another order"
+
+
+def test_a_ray_cluster_in_a_slurm_allocation_goes_back_into_the_queue_and_to_the_end(
+    jobs: Jobs, uninterrupted, slurm_cluster: SlurmCluster
+):
+    run = "allocated"
+    job = slurm_cluster.submit(
+        *("--nodes=2", "--exclusive", "--time=20", f"--export=PATH,HOME,PYTHONPATH={ROOT},OMP_WAIT_POLICY=PASSIVE"),
+        *(str(ROOT / "slurm" / "ray.sbatch"), "job.yaml", "--run-dir", run),
+        cwd=jobs.folder,
+    )
+    slurm_cluster.wait(lambda: (jobs.steps(run, 1) or [0])[-1] >= 8, 300, what="no step")
+    slurm_cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+    log = jobs.folder / f"ernie-ray-{job}.log"
+    assert slurm_cluster.finish(job, 400) == "COMPLETED", log.read_text(errors="replace")
+    assert "back into the queue (restart 1)" in log.read_text(errors="replace")
+    assert jobs.curve(run) == uninterrupted
+    assert not list(jobs.folder.glob(".ray-token*")) and not Path(f"/tmp/ray-{job}").exists()
