@@ -147,6 +147,7 @@ class RayCluster:
                 [
                     *(str(BIN / "ray"), "start", "--block", f"--node-name={name}", f"--node-ip-address={address}"),
                     *("--num-cpus=2", "--num-gpus=0", f"--object-store-memory={100 << 20}", "--disable-usage-stats"),
+                    "--labels=site=loopback",
                     *("--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={agent}"),
                     *(f"--dashboard-agent-grpc-port={grpc}", f"--runtime-env-agent-port={runtime}"),
                     *(f"--metrics-export-port={metrics}", *options),

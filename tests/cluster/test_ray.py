@@ -199,7 +199,8 @@ def test_a_lost_node_a_stop_and_a_second_submission_leave_no_trace_in_the_curve(
 
 def test_a_node_that_is_not_fit_is_left_out_and_what_cannot_be_had_is_said(jobs: Jobs):
     jobs.cluster.have(2)
-    sets = ("resources.health_check=test $ERNIE_NODE != n1", "resources.ray.wait_for_nodes=2s")
+    labels = "resources.ray.labels={site: loopback}"
+    sets = ("resources.health_check=test $ERNIE_NODE != n1", "resources.ray.wait_for_nodes=2s", labels)
     done = jobs.ernie(
         *("launch", "job.yaml", "--on", "ray", "--run-dir", "unfit"),
         *(word for field in sets for word in ("--set", field)),
