@@ -69,6 +69,7 @@ class Request:
             if node["NodeName"] not in self.without
             and node["NodeID"] not in leaving
             and all(node["Resources"].get(name, 0) >= amount for name, amount in self.bundle.items())
+            and all(node["Labels"].get(name) == value for name, value in self.labels.items() if _is_plain(value))
         )
 
     def __str__(self) -> str:
@@ -141,6 +142,11 @@ def draining() -> dict[str, float | None]:
 def name_of(node_id: str) -> str:
     """What the cluster calls a node: `ray start --node-name`, or else its address."""
     return next((node["NodeName"] for node in ray.nodes() if node["NodeID"] == node_id), node_id)
+
+
+def _is_plain(value: str) -> bool:
+    """Whether a label has to be just so; Ray also takes `!x`, `in(x,y)` and `!in(x,y)`."""
+    return not value.startswith(("!", "in("))
 
 
 def _lack(request: Request, size: int) -> str:

@@ -38,6 +38,8 @@ from launcher.run_dir import RunDir
 
 _GRACE = 30.0
 """seconds that the other nodes have to end by themselves, and to say why, after one has failed: torchrun's own"""
+_STARTING = 300.0
+"""seconds that a worker may take to start: a node may die just as it is chosen"""
 _LOOK_EVERY = 5.0
 """seconds between two looks at which nodes are to be taken away"""
 _KILLED = -signal.SIGKILL
@@ -130,10 +132,12 @@ class RayLauncher(Launcher):
             for number, bundle in enumerate(group.bundle_specs)
         ]
         try:
-            asked = [actor.place.remote() for actor in actors]
+            asked, until = [actor.place.remote() for actor in actors], time.monotonic() + _STARTING
             while len(ray.wait(asked, num_returns=len(asked), timeout=0.5)[0]) < len(asked):
                 if end_now():
                     return _KILLED
+                if time.monotonic() > until:
+                    return _lost(files, attempt, None, f"a worker did not start in {_STARTING:.0f} s")
             places = ray.get(asked)
             nodes = Nodes(len(actors), attempt.resources.gpus_per_node, places[0][1])
             members = [_Member(rank, node, cluster.name_of(node)) for rank, (node, _) in enumerate(places)]
@@ -216,10 +220,10 @@ def _words(attempt: Attempt, nodes: Nodes, rank: int | None = None) -> list[str]
     return words[1:]
 
 
-def _lost(files: RunFiles, attempt: Attempt, member: _Member | None, error: Exception) -> int:
+def _lost(files: RunFiles, attempt: Attempt, member: _Member | None, why: Exception | str) -> int:
     """What the ranks of other nodes say from now on is only that they lost a neighbour."""
-    silent = isinstance(error, ray.exceptions.ActorUnavailableError)
-    reason = "it does not answer any more" if silent else str(error).strip().splitlines()[-1].strip()
+    silent = isinstance(why, ray.exceptions.ActorUnavailableError)
+    reason = "it does not answer any more" if silent else str(why).strip().splitlines()[-1].strip()
     name, rank = (member.name, member.rank) if member else ("a node", 0)
     first = rank * attempt.resources.gpus_per_node
     _leave_error(files, attempt.number, first, "NodeLost", f"{name} was lost: {reason}")

@@ -17,7 +17,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from ray_cluster import RayCluster
+from ray_cluster import ROOT, RayCluster
+from slurm_cluster import SlurmCluster
 
 from ernie_dist.events.history import read_all_attempts, read_metrics
 from ernie_dist.spec.run_files import RunFiles
@@ -160,10 +161,10 @@ def test_data_is_prepared_over_the_cluster_byte_for_byte_as_on_one_machine(jobs:
     assert refused["ray"] == refused["local"]
 
 
-def test_a_lost_node_a_stop_and_a_second_submission_leave_no_trace_in_the_curve(jobs: Jobs, uninterrupted):
+def test_a_lost_node_a_stop_and_a_second_submission_leave_no_trace_in_the_curve(jobs: Jobs, uninterrupted, tmp_path):
     run, files = "lost", jobs.files("lost")
     jobs.cluster.have(3)
-    secrets = jobs.folder / "secrets.env"
+    secrets = tmp_path / "secrets.env"
     secrets.touch(mode=0o600)
     secrets.write_text(f"WANDB_API_KEY={SECRET}\n")
     sets = ("--set", f"resources.ray.environment_file={secrets}")
@@ -198,7 +199,8 @@ def test_a_lost_node_a_stop_and_a_second_submission_leave_no_trace_in_the_curve(
 
 def test_a_node_that_is_not_fit_is_left_out_and_what_cannot_be_had_is_said(jobs: Jobs):
     jobs.cluster.have(2)
-    sets = ("resources.health_check=test $ERNIE_NODE != n1", "resources.ray.wait_for_nodes=2s")
+    labels = "resources.ray.labels={site: loopback}"
+    sets = ("resources.health_check=test $ERNIE_NODE != n1", "resources.ray.wait_for_nodes=2s", labels)
     done = jobs.ernie(
         *("launch", "job.yaml", "--on", "ray", "--run-dir", "unfit"),
         *(word for field in sets for word in ("--set", field)),
@@ -232,3 +234,21 @@ def test_a_node_to_be_taken_away_costs_no_step_and_the_run_goes_on_with_those_th
     assert [point[2] for point in curve.values()] == [point[2] for point in uninterrupted.values()]
     losses = [point[0] for point in uninterrupted.values()]
     assert [point[0] for point in curve.values()] == pytest.approx(losses, rel=1e-4), "sums in another order"
+
+
+def test_a_ray_cluster_in_a_slurm_allocation_goes_back_into_the_queue_and_to_the_end(
+    jobs: Jobs, uninterrupted, slurm_cluster: SlurmCluster
+):
+    run = "allocated"
+    job = slurm_cluster.submit(
+        *("--nodes=2", "--exclusive", "--time=20", f"--export=PATH,HOME,PYTHONPATH={ROOT},OMP_WAIT_POLICY=PASSIVE"),
+        *(str(ROOT / "slurm" / "ray.sbatch"), "job.yaml", "--run-dir", run),
+        cwd=jobs.folder,
+    )
+    slurm_cluster.wait(lambda: (jobs.steps(run, 1) or [0])[-1] >= 8, 300, what="no step")
+    slurm_cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+    log = jobs.folder / f"ernie-ray-{job}.log"
+    assert slurm_cluster.finish(job, 400) == "COMPLETED", log.read_text(errors="replace")
+    assert "back into the queue (restart 1)" in log.read_text(errors="replace")
+    assert jobs.curve(run) == uninterrupted
+    assert not list(jobs.folder.glob(".ray-token*")) and not Path(f"/tmp/ray-{job}").exists()
