@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -78,10 +77,10 @@ class Jobs:
     def files(self, run: str) -> RunFiles:
         return RunFiles(self.folder / run)
 
-    def until(self, submission: str, happened: Callable[[], Any], seconds: float = 300) -> None:
-        until = time.monotonic() + seconds
-        while not happened():
-            assert time.monotonic() < until, f"it never happened:\n{self.log(submission)}"
+    def until_step(self, run: str, attempt: int, step: int, log: Callable[[], str]) -> None:
+        until = time.monotonic() + 300
+        while max(self.steps(run, attempt), default=0) < step:
+            assert time.monotonic() < until, f"no step {step} in attempt {attempt}:\n{log()}"
             time.sleep(0.02)
 
     def steps(self, run: str, attempt: int) -> list[int]:
@@ -169,12 +168,12 @@ def test_a_lost_node_a_stop_and_a_second_submission_leave_no_trace_in_the_curve(
     secrets.write_text(f"WANDB_API_KEY={SECRET}\n")
     sets = ("--set", f"resources.ray.environment_file={secrets}")
     first = jobs.submit(run, *sets, RAY_JOB_STOP_WAIT_TIME_S="60")
-    jobs.until(first, lambda: (jobs.steps(run, 1) or [0])[-1] >= 8)
+    jobs.until_step(run, 1, 8, lambda: jobs.log(first))
     ranks = [process for process in jobs.cluster.processes() if process.cmdline()[1:3] == ["-m", "ernie_dist"]]
     assert len(ranks) == 2 and all(rank.environ()["WANDB_API_KEY"] == SECRET for rank in ranks)
     victim = next(name for name in jobs.nodes(run, 1) if name != "n1")
     jobs.cluster.kill(victim)
-    jobs.until(first, lambda: (jobs.steps(run, 2) or [0])[-1] >= 35)
+    jobs.until_step(run, 2, 35, lambda: jobs.log(first))
     assert len(jobs.nodes(run, 2)) == 2 and victim not in jobs.nodes(run, 2)
     assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
     jobs.cluster.ask(f"/api/jobs/{first}/stop", method="POST")
@@ -218,7 +217,7 @@ def test_a_node_to_be_taken_away_costs_no_step_and_the_run_goes_on_with_those_th
     submission = jobs.submit(
         *(run, "--set", "resources.min_nodes=1", "--set", "resources.ray.wait_for_nodes=2s"),
     )
-    jobs.until(submission, lambda: (jobs.steps(run, 1) or [0])[-1] >= 8)
+    jobs.until_step(run, 1, 8, lambda: jobs.log(submission))
     leaving = next(name for name in jobs.nodes(run, 1) if name != "n1")
     drained = jobs.cluster.ray(
         *("drain-node", f"--address={jobs.cluster.address}", f"--node-id={jobs.cluster.node_id(leaving)}"),
@@ -245,9 +244,9 @@ def test_a_ray_cluster_in_a_slurm_allocation_goes_back_into_the_queue_and_to_the
         *(str(ROOT / "slurm" / "ray.sbatch"), "job.yaml", "--run-dir", run),
         cwd=jobs.folder,
     )
-    slurm_cluster.wait(lambda: (jobs.steps(run, 1) or [0])[-1] >= 8, 300, what="no step")
-    slurm_cluster.run("scancel", "--batch", "--signal=USR1", str(job))
     log = jobs.folder / f"ernie-ray-{job}.log"
+    jobs.until_step(run, 1, 8, lambda: log.read_text(errors="replace"))
+    slurm_cluster.run("scancel", "--batch", "--signal=USR1", str(job))
     assert slurm_cluster.finish(job, 400) == "COMPLETED", log.read_text(errors="replace")
     assert "back into the queue (restart 1)" in log.read_text(errors="replace")
     assert jobs.curve(run) == uninterrupted
