@@ -79,7 +79,7 @@ def rank_environment(ranks_per_node: int, deadline: float | None = None) -> dict
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         # NCCL's flight recorder: the last collectives of each rank, written when one times out or the watchdog asks
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_FR_BUFFER_SIZE": "2000",
         **({DEADLINE: str(deadline)} if deadline is not None else {}),
     }
 

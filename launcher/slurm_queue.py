@@ -56,7 +56,12 @@ class QueuedJob:
 
     @property
     def end(self) -> float | None:
-        """When Slurm takes its nodes away, in seconds since the epoch; None if it has not said."""
+        """When Slurm takes its nodes away, in seconds since the epoch; None if it has not said.
+
+        Of a job without a time limit it names a day in a year, until it preempts it.
+        """
+        if self.fields.get("TimeLimit") == "UNLIMITED" and self._moment("PreemptTime") is None:
+            return None
         return self._moment("EndTime")
 
     def _moment(self, field: str) -> float | None:

@@ -67,8 +67,10 @@ class Submission:
             return None
 
     def waits(self) -> bool:
-        """Whether none of it runs yet, or again. Raises ErnieError if its scheduler does not answer."""
-        return self._queue.state(self).waits
+        """Whether none of it runs yet, or again, as far as its scheduler says."""
+        with suppress(ErnieError):
+            return self._queue.state(self).waits
+        return False
 
     def exit_code(self) -> int | None:
         """What the job ended with; None if it has not, or that cannot be seen."""

@@ -87,9 +87,12 @@ def stop(options: Namespace) -> int:
         print(f"cancelled: {said}")
         return 0
     if not runs(run_dir):
-        if submission is not None and submission.in_queue():  # it has its nodes, and has not begun
+        known = submission.in_queue() if submission is not None else False
+        if submission is not None and known:  # it has its nodes, and has not begun
             submission.cancel()
             print(f"cancelled: {submission.described()}")
+        elif submission is not None and known is None:
+            raise RunDirError(f"{run_dir.root}: may be waiting in a queue: {submission.described()}; ask again there")
         else:
             print("nothing is running here")
         return 0
@@ -100,7 +103,7 @@ def stop(options: Namespace) -> int:
         holder = run_dir.holder()
         if holder is not None and vigil.alive(holder) is False:
             raise RunDirError(f"{run_dir.root}: {holder} gives no sign of life; the next launch takes over")
-        time.sleep(0.2)
+        time.sleep(0.5)
     return 0
 
 

@@ -172,3 +172,10 @@ def _render(resources: ResourcesSpec) -> str:
         log=Path("/home/ann/law/runs/law/submission/slurm-%j.log"),
         python="/opt/ernie/bin/python",
     )
+
+
+def test_a_job_without_a_time_limit_has_no_end_until_it_is_preempted() -> None:
+    fields = {"JobState": "RUNNING", "TimeLimit": "UNLIMITED", "EndTime": "2027-11-22T17:04:38", "PreemptTime": "None"}
+    assert QueuedJob("7", fields).end is None
+    preempted = {**fields, "EndTime": "2026-11-22T17:04:55", "PreemptTime": "2026-11-22T17:04:40"}
+    assert QueuedJob("7", preempted).end == 1795367095.0
