@@ -194,7 +194,7 @@ def test_a_job_goes_on_through_preemptions_a_requeue_its_time_limit_and_a_lost_n
 
     jobs.between_saves(run, job, 5)
     with jobs.paused(run):
-        end = datetime.now() + timedelta(seconds=20)
+        end = datetime.now() + timedelta(seconds=50)  # Slurm looks every 30 s: a warning comes before the end
         cluster.run("scontrol", "update", f"JobId={job}", f"EndTime={end.isoformat(timespec='seconds')}")
         jobs.until(run, job, files.stop.exists)
     jobs.back_in_queue(run, job, 5)
