@@ -31,13 +31,13 @@ RUN = Path("/runs/law")
 TWO_NODES = Allocation("1234", ("a7", "a9"), "10.0.0.7", cpus_per_task="32")
 
 
-def golden(name: str, text: str) -> None:
-    """Compares with the file that is kept; ERNIE_WRITE_GOLDEN=1 writes it."""
+def golden(name: str, text: str) -> str:
+    """What the file that is kept says; ERNIE_WRITE_GOLDEN=1 writes `text` there first."""
     path = GOLDEN / name
     if os.environ.get("ERNIE_WRITE_GOLDEN") == "1":
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    assert text == path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 def test_golden_node_commands() -> None:
@@ -74,13 +74,14 @@ def test_golden_steps(kind: str) -> None:
     image = {"image": "/images/ernie.sqsh", "kind": kind, "mounts": ["/runs:/runs", "/data:/data:ro"]}
     slurm = {} if kind == "none" else {"container": {**image, "python": "python3"}}
     attempt = Attempt(RUN, 7, ResourcesSpec.model_validate({"nodes": 2, "gpus_per_node": 8, "slurm": slurm}))
-    text = _slurm().render(attempt)
-    golden(f"step-{kind}.sh", text.replace(sys.executable, "/opt/ernie/bin/python"))
+    text = _slurm().render(attempt).replace(sys.executable, "/opt/ernie/bin/python")
+    assert text == golden(f"step-{kind}.sh", text)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_golden_batch_scripts_of_the_recipes(recipe: str) -> None:
-    golden(f"{recipe}.sbatch", _script(load_job(find_asset("recipes", recipe, ".yaml"))))
+    text = _script(load_job(find_asset("recipes", recipe, ".yaml")))
+    assert text == golden(f"{recipe}.sbatch", text)
 
 
 def test_golden_batch_script_with_every_setting() -> None:
@@ -100,7 +101,8 @@ def test_golden_batch_script_with_every_setting() -> None:
             "options": ["--mail-type=FAIL"],
         },
     }
-    golden("every-setting.sbatch", _render(ResourcesSpec.model_validate(raw)))
+    text = _render(ResourcesSpec.model_validate(raw))
+    assert text == golden("every-setting.sbatch", text)
     without_gpus = _render(ResourcesSpec.model_validate({"slurm": {"gpus": False}}))
     assert "gpus" not in without_gpus and "--nodes=1" in without_gpus
 
