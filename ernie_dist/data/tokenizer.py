@@ -140,10 +140,19 @@ def load_published(root: Path, fingerprint: str) -> PublishedTokenizer | None:
     return PublishedTokenizer(folder=folder, frame=frame, label_replacements=replacements, **facts)
 
 
-def _publish(tokenizer: Any, root: Path) -> PublishedTokenizer:
-    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    if not tokenizer.chat_template and all(mark in special for mark in _ERNIE_MARKS):
+def give_template(tokenizer: Any) -> Any:
+    """A tokenizer of ERNIE's without a chat template is given ERNIE's; any other is left as it is."""
+    if not tokenizer.chat_template and all(mark in _special(tokenizer) for mark in _ERNIE_MARKS):
         tokenizer.chat_template = ERNIE_TEMPLATE
+    return tokenizer
+
+
+def _special(tokenizer: Any) -> dict[str, int]:
+    return {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _publish(tokenizer: Any, root: Path) -> PublishedTokenizer:
+    special = _special(give_template(tokenizer))
     if tokenizer.eos_token_id is None:
         raise DataError(
             "tokenizer: it names no eos_token, so no document would have an end; add one to its tokenizer_config.json"

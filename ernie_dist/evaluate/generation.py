@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ernie_dist.data.shard import PreparedSource
+from ernie_dist.inference import ChatModel, Sampling, load
 from ernie_dist.model.build import build_model
 from ernie_dist.spec.errors import DataError
 from ernie_dist.spec.resolve import ResolvedJob
@@ -52,52 +52,21 @@ def questions(source: PreparedSource, split: str, tokenizer: PreTrainedTokenizer
         yield Question(tuple(prompt), text, reference)
 
 
-@torch.no_grad()
-def answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 32,
-) -> list[str]:
-    """Greedy continuations, cut at the stop token. Prompts of one batch are padded on the left."""
-    model.eval()
-    texts: list[str] = []
-    pad = tokenizer.pad_token_id or 0
-    for first in range(0, len(prompts), batch_size):
-        batch = prompts[first : first + batch_size]
-        width = max(map(len, batch))
-        ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in batch])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
-        out = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=pad,
-        )
-        texts += [text.strip() for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
-    return texts
-
-
 def before_and_after(
     run_dir: Path, source: str, *, limit: int | None = None, max_new_tokens: int = 64
 ) -> list[Answered]:
     """Answers of the exported model, loaded as any transformers user would, beside those of the model at step 0."""
     files = RunFiles(run_dir)
     job = ResolvedJob.read(files.job)
-    tokenizer = AutoTokenizer.from_pretrained(files.export)
-    asked = list(questions(PreparedSource.open(Path(job.sources[source].folder)), "train", tokenizer))[:limit]
-    prompts = [question.prompt for question in asked]
+    trained = load(files.export)
     untrained = build_model(job.spec.model, job.tokenizer.vocab_size, job.spec.seed, attn_implementation="sdpa")
-    trained = AutoModelForCausalLM.from_pretrained(files.export)
-    before, after = (
-        answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens) for model in (untrained, trained)
-    )
+    models = [ChatModel(untrained, trained.tokenizer, "untrained"), trained]
+    prepared = PreparedSource.open(Path(job.sources[source].folder))
+    asked = list(questions(prepared, "train", trained.tokenizer))[:limit]
+    prompts, how = [question.prompt for question in asked], Sampling(max_new_tokens)
+    before, after = (model.answers(prompts, how) for model in models)
     return [
-        Answered(question.text, question.reference, old, new)
+        Answered(question.text, question.reference, old.text, new.text)
         for question, old, new in zip(asked, before, after, strict=True)
     ]
 

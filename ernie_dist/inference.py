@@ -1,0 +1,318 @@
+"""A model folder -> something that answers: one prompt streamed, or many in batches.
+
+messages --chat template--> prompt ids --generate, KV cache--> Answer, or pieces of text as they come
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+from ernie_dist.data.tokenizer import give_template
+from ernie_dist.spec.errors import DataError, ErnieError, SpecError
+
+Message = dict[str, str]
+"""{"role": "system" | "user" | "assistant", "content": ...}"""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    """0: the likeliest token, always"""
+    top_p: float = 1.0
+    """the smallest set of tokens with at least this share of the probability; 1: all"""
+    top_k: int = 0
+    """the k likeliest tokens; 0: all"""
+    repetition_penalty: float = 1.0
+    """what is there already becomes less likely by this factor (Keskar et al. 2019, arXiv:1909.05858)"""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises SpecError."""
+        for name, fits, wanted in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature <= 10, "between 0 and 10"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= 10, "above 0 and at most 10"),
+        ):
+            if not fits:
+                raise SpecError(f"{name} is {getattr(self, name)}, expected {wanted}")
+
+    def arguments(self) -> dict[str, Any]:
+        """For `generate`, every one named: what a model's own generation config says does not count."""
+        chance = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.temperature > 0,
+            "repetition_penalty": self.repetition_penalty,
+            **(chance if self.temperature > 0 else {"temperature": None, "top_p": None, "top_k": None}),
+        }
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    tokens: int
+    """generated, the stop token not counted"""
+    stopped: bool
+    """by a stop token; False: cut off at max_new_tokens"""
+
+
+class ChatModel:
+    """A causal language model with its tokenizer, in evaluation mode. Not for several threads at once."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        self._stops = _stop_ids(model, tokenizer)
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    @property
+    def context(self) -> int:
+        """Positions that prompt and answer may take together."""
+        return int(self.model.config.max_position_embeddings)
+
+    def prompt(self, messages: Sequence[Message], max_new_tokens: int = 1) -> list[int]:
+        """Token ids up to where the answer begins.
+
+        Raises DataError for roles in the wrong order, and where prompt and answer do not fit the context.
+        """
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                f"{self.name}: its tokenizer has no chat template, so it cannot be asked; use an instruction model, "
+                "or put a chat_template.jinja in its folder"
+            )
+        _check_order(messages)
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) + max_new_tokens > self.context:
+            raise DataError(
+                f"the prompt has {len(ids):,} tokens and the answer may have {max_new_tokens:,}: more than the "
+                f"{self.context:,} positions of {self.name}; shorten the conversation or lower max_new_tokens"
+            )
+        return ids
+
+    @torch.no_grad()
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling = Sampling(),
+        *,
+        batch_size: int = 32,
+        progress: Callable[[int], object] = lambda done: None,
+    ) -> list[Answer]:
+        """One answer for each prompt (token ids, any length). The same seed and batch size give the same answers.
+
+        Prompts of one batch are padded on the left. `progress` is told how many more are done.
+        """
+        found: list[Answer] = []
+        for first in range(0, len(prompts), batch_size):
+            batch = prompts[first : first + batch_size]
+            width = max(map(len, batch))
+            ids = torch.tensor([[self._pad] * (width - len(prompt)) + list(prompt) for prompt in batch])
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+            torch.manual_seed(sampling.seed + first)
+            out = self._generate(ids, mask, sampling)
+            found += [self._answer(row) for row in out[:, width:].tolist()]
+            progress(len(batch))
+        return found
+
+    def stream(self, messages: Sequence[Message], sampling: Sampling = Sampling()) -> Iterator[str]:
+        """The answer in pieces of text, as it comes. Leaving the iterator ends the generation."""
+        ids = torch.tensor([self.prompt(messages, sampling.max_new_tokens)])
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        left = threading.Event()
+        failed: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                torch.manual_seed(sampling.seed)
+                with torch.no_grad():
+                    self._generate(ids, torch.ones_like(ids), sampling, streamer=streamer, left=left)
+            except BaseException as error:  # raised by the reader
+                failed.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=work, name="generate", daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            left.set()
+            thread.join()
+        if failed:
+            raise failed[0]
+
+    def _generate(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        sampling: Sampling,
+        *,
+        streamer: Any = None,
+        left: threading.Event | None = None,
+    ) -> torch.Tensor:
+        return self.model.generate(
+            input_ids=ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            eos_token_id=self._stops,
+            pad_token_id=self._pad,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([_Left(left)] if left else []),
+            use_cache=True,
+            **sampling.arguments(),
+        )
+
+    def _answer(self, ids: list[int]) -> Answer:
+        end = next((at for at, token in enumerate(ids) if token in self._stops), None)
+        kept = ids[:end]
+        return Answer(self.tokenizer.decode(kept, skip_special_tokens=True).strip(), len(kept), end is not None)
+
+
+def load(
+    model: str | Path, *, adapter: str | Path | None = None, device: str | None = None, dtype: str | None = None
+) -> ChatModel:
+    """A model folder, the folder of a LoRA adapter, a run directory (its export) or a hub id, ready to answer.
+
+    `adapter` is put on top of `model`. `device` and `dtype` default to a GPU and bf16 where there is one, else CPU and
+    fp32. Raises SpecError or DataError with what is missing.
+    """
+    folder = _export_of(Path(model))
+    if adapter is None and (folder / "adapter_config.json").is_file():
+        model, adapter = _base_of(folder), folder
+        folder = Path(model)
+    name = str(folder) if folder.is_dir() else str(model)
+    if not folder.is_dir() and (Path(model).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise SpecError(f"{model}: no such model folder; give a folder, a run directory or a hub id")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = getattr(torch, dtype) if dtype else torch.bfloat16 if device.startswith("cuda") else torch.float32
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            name, dtype=wanted, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise SpecError(f"{name}: cannot be loaded: {_first_line(error)}; give a transformers folder") from error
+    if adapter is not None:
+        loaded = _with_adapter(loaded, Path(adapter), name)
+    tokenizer = _tokenizer(Path(adapter) if adapter is not None else None, name)
+    shown = f"{name} + {adapter}" if adapter is not None else name
+    return ChatModel(loaded.to(device), tokenizer, shown)
+
+
+def generate(
+    model: ChatModel, question: str | Sequence[Message] | Sequence[str], *, batch_size: int = 32, **sampling: Any
+) -> Any:
+    """The answer to a question or a conversation (text); to a list of questions (a list of texts).
+
+    `sampling` are the fields of Sampling, e.g. temperature=0.7, max_new_tokens=100.
+    """
+    how = Sampling(**sampling)
+    many = not isinstance(question, str) and all(isinstance(one, str) for one in question)
+    asked = question if many else [question]
+    conversations = [[{"role": "user", "content": one}] if isinstance(one, str) else list(one) for one in asked]
+    prompts = [model.prompt(one, how.max_new_tokens) for one in conversations]
+    texts = [answer.text for answer in model.answers(prompts, how, batch_size=batch_size)]
+    return texts if many else texts[0]
+
+
+class _Left(StoppingCriteria):
+    """Ends a generation that nobody reads any more."""
+
+    def __init__(self, left: threading.Event) -> None:
+        self._left = left
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self._left.is_set(), device=input_ids.device)
+
+
+def _check_order(messages: Sequence[Message]) -> None:
+    roles = [message.get("role", "") for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    wanted = ["user" if number % 2 == 0 else "assistant" for number in range(len(turns))]
+    if turns != wanted or len(turns) % 2 == 0:
+        raise DataError(
+            f"the turns are by {', '.join(roles) or 'nobody'}; expected user and assistant in turn, a user last, "
+            "and at most one system prompt, first"
+        )
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer: the tokenizer's stop token and those of the model's generation config."""
+    config = getattr(model, "generation_config", None)
+    own = getattr(config, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return sorted(ids)
+
+
+def _export_of(folder: Path) -> Path:
+    """The model of a run directory; any other folder is itself."""
+    if not (folder / "job.json").is_file():
+        return folder
+    export = folder / "export"
+    if not export.is_dir():
+        raise SpecError(
+            f"{folder}: the run has no model yet; `ernie export {folder} --to DIR` makes one of a checkpoint"
+        )
+    return export
+
+
+def _base_of(adapter: Path) -> str:
+    import json
+
+    base = None
+    with suppress(OSError, ValueError):
+        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise SpecError(f"{adapter}: the adapter names no base model; give the base, and the adapter with --adapter")
+    return str(base)
+
+
+def _with_adapter(model: PreTrainedModel, adapter: Path, base: str) -> PreTrainedModel:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)  # type: ignore[return-value]
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise SpecError(
+            f"{adapter}: does not fit {base}: {_first_line(error)}; put it on the base it was trained for"
+        ) from error
+
+
+def _tokenizer(adapter: Path | None, base: str) -> PreTrainedTokenizerBase:
+    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    name = str(adapter) if own else base
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise SpecError(
+            f"{name}: no tokenizer can be loaded: {_first_line(error)}; put its files beside the weights"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise SpecError(
+            f"{name}: its tokenizer names no eos_token, so no answer would end; name one in tokenizer_config.json"
+        )
+    return give_template(tokenizer)
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, ErnieError):
+        return str(error)
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
