@@ -12,7 +12,7 @@ from ernie_dist.spec.assets import find_asset
 from ernie_dist.spec.errors import RunDirError
 from ernie_dist.spec.job import JobSpec, load_job
 from ernie_dist.spec.lease import Vigil
-from ernie_dist.spec.run_files import checkpoint_step, complete_checkpoints
+from ernie_dist.spec.run_files import best_checkpoint, checkpoint_step, complete_checkpoints
 from ernie_dist.spec.stop_file import StopNote, ask
 from launcher.run_dir import RunDir
 from launcher.submission import Submission, runs
@@ -116,7 +116,11 @@ def report(options: Namespace) -> None:
 def export(options: Namespace) -> None:
     run_dir = _existing(options.run_dir)
     checkpoints = complete_checkpoints(run_dir.files.checkpoints)
-    chosen = [path for path in checkpoints if options.step in (None, checkpoint_step(path))]
+    best = best_checkpoint(run_dir.files.checkpoints) if options.best else None
+    if options.best and best is None:
+        raise RunDirError(f"{run_dir.root}: no best checkpoint is known; set evaluate.best, or choose one with --step")
+    step = checkpoint_step(best) if best is not None else options.step
+    chosen = [path for path in checkpoints if step in (None, checkpoint_step(path))]
     if not chosen:
         steps = ", ".join(str(checkpoint_step(path)) for path in checkpoints) or "none"
         raise RunDirError(f"{run_dir.root}: no such checkpoint; there are: {steps}")

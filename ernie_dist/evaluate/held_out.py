@@ -45,6 +45,11 @@ class HeldOut:
         """Those with something to measure."""
         return set(self._readers)
 
+    @property
+    def cut_short(self) -> bool:
+        """Whether the last evaluation was cancelled before its end. The same on all ranks."""
+        return self._cancelled
+
     def losses(self, engine: Engine, cancelled: Callable[[], bool]) -> Iterator[HeldOutLoss]:
         """Evaluates source by source, until `cancelled` says so, which has to be the same on all ranks. Collective."""
         for name, reader in self._readers.items():
