@@ -1,4 +1,4 @@
-"""Which evaluation had the lowest held-out loss so far, and how long that is ago: small, immutable, in every checkpoint.
+"""Which evaluation had the lowest held-out loss so far, and how long that is ago. Part of every checkpoint.
 
 A run that is killed and goes on decides as one that was not: what it knows comes from the checkpoint and the losses.
 """

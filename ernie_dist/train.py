@@ -335,7 +335,7 @@ class _Attempt:
             return complete_checkpoints(self.files.checkpoints)[0]
         best = checkpoint_folder(self.files.checkpoints, self.best.step)
         if reason := verify(best):
-            raise CheckpointError(f"{best}: the best checkpoint cannot be exported: {reason}; see `ernie export --step`")
+            raise CheckpointError(f"{best}: the best one cannot be exported: {reason}; see `ernie export --step`")
         return best
 
     def _close(self) -> None:

@@ -191,7 +191,7 @@ class ConsoleSink:
             size, waited = human_bytes(event.bytes), event.blocked
             return [f"checkpoint {event.checkpoint}: {size} in {event.seconds:.1f} s, {waited:.1f} s of it waited for"]
         if isinstance(event, BestCheckpoint):
-            return [f"{event.checkpoint} is the best so far: held-out loss {event.loss:.4f} ({event.source}); it is kept"]
+            return [f"{event.checkpoint} is the best so far: held-out loss {event.loss:.4f} ({event.source})"]
         if isinstance(event, EarlyStopped):
             best = f"; the best was {event.best_loss:.4f} at step {event.best_step}" if event.best_loss else ""
             return [f"ends early after step {event.step}: {event.reason}{best}"]
