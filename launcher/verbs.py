@@ -33,6 +33,7 @@ def prepare(options: Namespace) -> None:
     from ernie_dist.data.prepare import MakePool
     from ernie_dist.data.prepare import prepare as prepare_data
     from ernie_dist.data.resolve import resolve_prepared
+    from ernie_dist.data.summary import describe_data
     from launcher.plan import describe
 
     job = _load(options, ranks=options.ranks)
@@ -41,8 +42,9 @@ def prepare(options: Namespace) -> None:
         from launcher.ray.data import RayPool
 
         pool = RayPool
-    resolved = resolve_prepared(job, prepare_data(job, workers=options.workers, pool=pool))
-    print("\n".join(describe(job, facts={name: source.packed for name, source in resolved.sources.items()})))
+    prepared = prepare_data(job, workers=options.workers, pool=pool)
+    facts = {name: source.packed for name, source in resolve_prepared(job, prepared).sources.items()}
+    print("\n".join([*describe(job, facts=facts), "", *describe_data(job, prepared)]))
 
 
 def launch(options: Namespace) -> int:
