@@ -88,6 +88,8 @@ class SourceSummary:
     tokens: int | None
     quarantined: int | None
     duplicates: int | None
+    left_out: dict[str, int]
+    """rows passed over as the source asked for, by reason"""
     splits: dict[str, int]
     """documents in train, validation, test"""
     padding: dict[str, float]
@@ -334,6 +336,7 @@ def _source(job: ResolvedJob, name: str) -> SourceSummary:
         tokens=tokens if manifest else None,
         quarantined=manifest.get("quarantined"),
         duplicates=manifest.get("duplicates"),
+        left_out=manifest.get("left_out", {}),
         splits=splits,
         padding=padding,
     )
