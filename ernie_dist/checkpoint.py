@@ -30,7 +30,7 @@ from ernie_dist.progress import Progress
 from ernie_dist.spec.errors import CheckpointError, CheckpointReadError, CheckpointWriteError, ErnieError
 from ernie_dist.spec.layout import EngineLayout
 from ernie_dist.spec.resolve import ResolvedJob
-from ernie_dist.spec.run_files import PROGRESS, complete_checkpoints, read_state
+from ernie_dist.spec.run_files import PROGRESS, best_checkpoint, checkpoint_folder, complete_checkpoints, read_state
 from ernie_dist.trusted_files import (
     UNREAD,
     complete,
@@ -242,7 +242,7 @@ class CheckpointStore:
         self, files: dict[str, Any], layout: EngineLayout, progress: Progress, extra: dict[str, Any]
     ) -> tuple[Path, int]:
         """In the thread: writes this rank's files aside, and gives the folder its name once all ranks have."""
-        final = self._folder / f"step_{progress.step:08d}"
+        final = checkpoint_folder(self._folder, progress.step)
         aside, world = final.with_suffix(_ASIDE), self._behind
         try:
             self._together(world, lambda: _empty(aside), on_main=True, what=f"{aside} cannot be created")
@@ -276,8 +276,9 @@ class CheckpointStore:
         self._prune()
 
     def _prune(self) -> None:
-        """Only the newest are kept; a converted one as long as what it was made of. What resists is tried next time."""
-        old = complete_checkpoints(self._folder)[self.job.spec.checkpoint.keep_last :]
+        """The newest are kept, and the best; a converted one as long as its origin. What resists is tried next time."""
+        best = best_checkpoint(self._folder)
+        old = [one for one in complete_checkpoints(self._folder)[self.job.spec.checkpoint.keep_last :] if one != best]
         others = [*self._folder.glob(f"step_*{_CONVERTED}"), *self._folder.glob(f"step_*{_ASIDE}")]
         for folder in [*old, *(one for one in others if one.suffix == _ASIDE or not one.with_suffix("").is_dir())]:
             try:

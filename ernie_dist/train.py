@@ -14,7 +14,8 @@ from typing import IO, Any
 import torch
 
 from ernie_dist.batch import Batch
-from ernie_dist.checkpoint import CheckpointStore, Restored
+from ernie_dist.best import Best
+from ernie_dist.checkpoint import CheckpointStore, Restored, verify
 from ernie_dist.data.loader import BatchLoader, load_batches
 from ernie_dist.engine.base import Engine
 from ernie_dist.engine.replicas import refuse_difference
@@ -36,10 +37,10 @@ from ernie_dist.progress import Progress
 from ernie_dist.references import References
 from ernie_dist.rewind import Refusals, check_position
 from ernie_dist.schedule import learning_rate
-from ernie_dist.spec.errors import EnvironmentProblem, RanksDiffer
+from ernie_dist.spec.errors import CheckpointError, EnvironmentProblem, RanksDiffer
 from ernie_dist.spec.lease import refuse_if_lost
 from ernie_dist.spec.resolve import ResolvedJob, ResolvedStage
-from ernie_dist.spec.run_files import RunFiles, complete_checkpoints, read_state
+from ernie_dist.spec.run_files import RunFiles, checkpoint_folder, complete_checkpoints, read_state
 from ernie_dist.spec.skips import Skips
 from ernie_dist.stop import StopRequest
 from ernie_dist.straggler import BusyTimes
@@ -93,7 +94,7 @@ class _Attempt:
         stopping, stage, due = self.stop.requested(), None, False
         if stopping:  # before the first step: the checkpoint this attempt began with is all there is to keep
             self.events.emit(events.Stopped(self.progress.step, self.stop.reason()))
-        for batch in self._batches(none=stopping):
+        for batch in self._batches(none=stopping or self._is_over()):
             since, self.progress = self.progress.batch_index, self.progress.skipping_to(batch.index)
             phase = Phase.FIRST_STEP if stage is None else Phase.STEP
             if stage is None or batch.index >= stage.end_batch:
@@ -113,9 +114,9 @@ class _Attempt:
             if self._evaluation_is_due(stage, since):
                 self._evaluate(stage, at_end=self._has_ended(stage))
             # Updates refused in a row may end in going back: until they end nothing is saved, and a stop waits.
-            finished = self.skips.next(self.progress.batch_index) == job.total_batches
-            stopping = result.flagged and not finished and not refusals.pending
-            due = due or self.store.due(self.progress, since)
+            finished = self._is_over()
+            stopping = (result.flagged or self.held_out.cut_short) and not finished and not refusals.pending
+            due = due or self.store.due(self.progress, since) or self.best.step == self.progress.step
             if stopping:  # what is being written is finished first: it may be all that there is time for
                 self._tell_of_saves(wait=True)
             saving = self.stop.save_fits() if stopping else finished or (due and not refusals.pending)
@@ -124,10 +125,11 @@ class _Attempt:
             if saving:
                 due = False
                 beat.enter(Phase.SAVE, self.progress.step)
-                self.store.save(engine, self.progress, {"recent": refusals.recent.to_json()})
+                self.store.save(engine, self.progress, self._remembered())
             self._tell_of_saves(wait=stopping or finished)
             if stopping:
                 self.events.emit(self._stopped(saved=saving))
+            if stopping or finished:
                 break
             self.meter.resume()
             beat.enter(Phase.READ, self.progress.step + 1)
@@ -160,9 +162,9 @@ class _Attempt:
             self.job, stage, self.engine, self.world, answer_log_probabilities, self.stop.requested
         )
         if found is None:
-            saving = self.progress.step > 0 and self.stop.save_fits()
+            saving = self.stop.save_fits() and self.progress.step > 0 and not self.refusals.pending
             if saving:
-                self.store.save(self.engine, self.progress, {"recent": self.refusals.recent.to_json()})
+                self.store.save(self.engine, self.progress, self._remembered())
             self._tell_of_saves(wait=True)
             self.events.emit(self._stopped(saved=saving))
             return False
@@ -198,6 +200,15 @@ class _Attempt:
         if slowest and self.busy.begins(slowest):
             self.events.emit(events.Straggler(progress.step, slowest.rank, slowest.imbalance, slowest.busy_seconds))
 
+    def _is_over(self) -> bool:
+        """Whether no batch is left, or the held-out loss has ceased to fall."""
+        early_stop = self.job.spec.evaluate.early_stop
+        given_up = early_stop is not None and self.best.waited >= early_stop.patience
+        return given_up or self._no_batch_is_left()
+
+    def _no_batch_is_left(self) -> bool:
+        return self.skips.next(self.progress.batch_index) == self.job.total_batches
+
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
     def _has_ended(self, stage: ResolvedStage) -> bool:
@@ -221,7 +232,8 @@ class _Attempt:
                 for event in read_events(self.files.events)
                 if event["event"] == "Evaluated" and event["step"] == progress.step and event["at_stage_end"] >= at_end
             }
-            owed = not done.issuperset(self.held_out.sources)
+            not_compared = self.job.spec.evaluate.best is not None and self.best.seen < progress.step
+            owed = not done.issuperset(self.held_out.sources) or not_compared
         if self.world.any(owed):
             self._evaluate(stage, at_end=at_end)
 
@@ -229,8 +241,10 @@ class _Attempt:
         """A stop cuts it short, except at the very end of the run, where nothing would make up for it."""
         progress = self.progress
         self.beat.enter(Phase.EVALUATE, progress.step)
-        last = self.skips.next(progress.batch_index) == self.job.total_batches
+        last = self._no_batch_is_left()
+        losses: dict[str, float] = {}
         for measured in self.held_out.losses(self.engine, lambda: not last and self.stop.requested()):
+            losses[measured.source] = measured.loss
             self.events.emit(
                 events.Evaluated(
                     step=progress.step,
@@ -243,6 +257,22 @@ class _Attempt:
                     at_stage_end=at_end,
                 )
             )
+        # Of the start there is no checkpoint, and none is made while updates are refused.
+        if not self.held_out.cut_short and stage is not None and (last or not self.refusals.pending):
+            self._compare(losses)
+
+    def _compare(self, losses: dict[str, float]) -> None:
+        """Tells whether this evaluation is the best so far, or one too many that is not. The same on all ranks."""
+        spec, step, before = self.job.spec.evaluate, self.progress.step, self.best
+        if spec.best is None:
+            return
+        self.best = best = before.after(step, losses, spec.early_stop)
+        if best.loss is not None and best.step != before.step:
+            name = checkpoint_folder(self.files.checkpoints, step).name
+            self.events.emit(events.BestCheckpoint(step, name, best.source, best.loss))
+        if best is not before and spec.early_stop and best.waited >= spec.early_stop.patience:
+            reason = f"no lower held-out loss of {best.source} in {best.waited} evaluations"
+            self.events.emit(events.EarlyStopped(step, reason, best.step, best.loss))
 
     # ---- beginning and end -------------------------------------------------------------------------------------------
 
@@ -252,8 +282,15 @@ class _Attempt:
         begun = [stage for stage in self.job.stages if stage.dpo and stage.first_batch < self.progress.batch_index]
         self.references = References.read(self.files.references(begun[-1].name), begun[-1]) if begun else None
         self.held_out.references = self.references
-        recent = Recent.from_json(restored.extra["recent"]) if restored and restored.extra else Recent()
+        extra = restored.extra if restored else {}
+        recent = Recent.from_json(extra["recent"]) if extra else Recent()
+        self.best = Best.from_json(self.job.spec.evaluate.best or "", extra.get("best"))
         self.refusals = Refusals(self.job.spec, recent, self.skips, self.files, self.attempt, self.world, self.events)
+
+    def _remembered(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the engine and the progress."""
+        best = {"best": self.best.to_json()} if self.job.spec.evaluate.best else {}
+        return {"recent": self.refusals.recent.to_json(), **best}
 
     def _accept(self, restored: Restored) -> Progress:
         """Tells of a checkpoint that was loaded. Raises CheckpointError if it does not fit the skipped batches."""
@@ -318,10 +355,18 @@ class _Attempt:
         self.beat.enter(Phase.EXPORT, self.progress.step)
         if self.world.is_main:
             self.fence()
-            export_model(self.job, complete_checkpoints(self.files.checkpoints)[0], self.files.export)
+            export_model(self.job, self._to_export(), self.files.export)
         self.world.barrier()
         tokens = self.job.consumed_tokens(self.progress.batch_index)
         self.events.emit(events.Finished(self.progress.step, tokens, str(self.files.export)))
+
+    def _to_export(self) -> Path:
+        if self.best.step is None:
+            return complete_checkpoints(self.files.checkpoints)[0]
+        best = checkpoint_folder(self.files.checkpoints, self.best.step)
+        if reason := verify(best):
+            raise CheckpointError(f"{best}: the best one cannot be exported: {reason}; see `ernie export --step`")
+        return best
 
     def _close(self) -> None:
         self.beat.enter(Phase.CLOSE, self.progress.step)
@@ -354,7 +399,7 @@ def _refuse_full_disk(files: RunFiles, job: ResolvedJob, engine: Engine) -> None
     if complete_checkpoints(files.checkpoints):
         return
     size = 16 * engine.parameters  # fp32 weights and masters, two moments
-    needed = size * (job.spec.checkpoint.keep_last + 1)
+    needed = size * (job.spec.checkpoint.keep_last + 1 + (job.spec.evaluate.best is not None))
     free = shutil.disk_usage(files.root).free
     if free < needed:
         raise EnvironmentProblem(

@@ -84,9 +84,12 @@ def _prepared(job: JobSpec, run_dir: RunDir, workers: int | None, pool: MakePool
         _refuse_changed_data(job, run_dir)
     from ernie_dist.data.prepare import prepare
     from ernie_dist.data.resolve import resolve_prepared
+    from ernie_dist.data.summary import describe_data
 
     print(f"preparing data in {job.data_dir}, or finding it prepared", flush=True)
-    return resolve_prepared(job, prepare(job, workers=workers, pool=pool))
+    prepared = prepare(job, workers=workers, pool=pool)
+    print("\n".join(describe_data(job, prepared)), flush=True)
+    return resolve_prepared(job, prepared)
 
 
 def _describe_batch(job: ResolvedJob, index: int, most: int = 8) -> str:

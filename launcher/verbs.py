@@ -12,7 +12,7 @@ from ernie_dist.spec.assets import find_asset
 from ernie_dist.spec.errors import RunDirError
 from ernie_dist.spec.job import JobSpec, load_job
 from ernie_dist.spec.lease import Vigil
-from ernie_dist.spec.run_files import checkpoint_step, complete_checkpoints
+from ernie_dist.spec.run_files import best_checkpoint, checkpoint_step, complete_checkpoints
 from ernie_dist.spec.stop_file import StopNote, ask
 from launcher.run_dir import RunDir
 from launcher.submission import Submission, runs
@@ -33,6 +33,7 @@ def prepare(options: Namespace) -> None:
     from ernie_dist.data.prepare import MakePool
     from ernie_dist.data.prepare import prepare as prepare_data
     from ernie_dist.data.resolve import resolve_prepared
+    from ernie_dist.data.summary import describe_data
     from launcher.plan import describe
 
     job = _load(options, ranks=options.ranks)
@@ -41,8 +42,9 @@ def prepare(options: Namespace) -> None:
         from launcher.ray.data import RayPool
 
         pool = RayPool
-    resolved = resolve_prepared(job, prepare_data(job, workers=options.workers, pool=pool))
-    print("\n".join(describe(job, facts={name: source.packed for name, source in resolved.sources.items()})))
+    prepared = prepare_data(job, workers=options.workers, pool=pool)
+    facts = {name: source.packed for name, source in resolve_prepared(job, prepared).sources.items()}
+    print("\n".join([*describe(job, facts=facts), "", *describe_data(job, prepared)]))
 
 
 def launch(options: Namespace) -> int:
@@ -116,7 +118,11 @@ def report(options: Namespace) -> None:
 def export(options: Namespace) -> None:
     run_dir = _existing(options.run_dir)
     checkpoints = complete_checkpoints(run_dir.files.checkpoints)
-    chosen = [path for path in checkpoints if options.step in (None, checkpoint_step(path))]
+    best = best_checkpoint(run_dir.files.checkpoints) if options.best else None
+    if options.best and best is None:
+        raise RunDirError(f"{run_dir.root}: no best checkpoint is known; set evaluate.best, or choose one with --step")
+    step = checkpoint_step(best) if best is not None else options.step
+    chosen = [path for path in checkpoints if step in (None, checkpoint_step(path))]
     if not chosen:
         steps = ", ".join(str(checkpoint_step(path)) for path in checkpoints) or "none"
         raise RunDirError(f"{run_dir.root}: no such checkpoint; there are: {steps}")

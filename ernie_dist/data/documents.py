@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ernie_dist.data import triples
-from ernie_dist.spec.curriculum import SourceSpec
+from ernie_dist.data.split import digest, placed
+from ernie_dist.spec.curriculum import SourceSpec, TriplesSpec
 from ernie_dist.spec.errors import DataError
 
 Row = Mapping[str, Any]
@@ -22,6 +23,10 @@ Row = Mapping[str, Any]
 
 class BadRow(ValueError):
     """Why a row is not a document. Caught where rows are counted; never seen by a person as an exception."""
+
+
+class LeftOut(ValueError):
+    """Why a row is passed over as its source asked for: one of a few short reasons, counted."""
 
 
 class Turn(NamedTuple):
@@ -47,18 +52,33 @@ class Preference(NamedTuple):
 Document = str | Conversation | Preference
 
 
+class Marked(NamedTuple):
+    """A document, and the hash that decides its split and whether it was there before."""
+
+    document: Document
+    digest: int
+
+
+def row_reader(source: SourceSpec) -> Callable[[Row], list[Marked]]:
+    """The function that turns one row of `source` into documents, one or more, or raises BadRow or LeftOut.
+
+    Raises DataError if a template of the source is none.
+    """
+    if source.triples is not None:
+        spec = TriplesSpec(make=source.triples) if isinstance(source.triples, str) else source.triples
+        return lambda row: _wordings(row, spec)
+    make = document_maker(source)
+    return lambda row: [_marked(make(row))]
+
+
 def document_maker(source: SourceSpec) -> Callable[[Row], Document]:
-    """The function that turns one row of `source` into a document, or raises BadRow.
+    """The function that turns one row of `source`, which holds no triples, into a document, or raises BadRow.
 
     Raises DataError if a template of the source is none.
     """
     if source.text is not None:
         read_text = _field_or_template(source.text)
         return lambda row: _not_empty(read_text(row), "text")
-    if source.triples == "text":
-        return lambda row: triples.sentence(*_triple(row))
-    if source.triples == "qa":
-        return lambda row: _exchange(*triples.question_and_answer(*_triple(row)))
     if source.conversation is not None:
         return _LAYOUTS[source.conversation]
     if source.preference is not None:
@@ -87,6 +107,11 @@ def canonical(document: Document) -> bytes:
         raise BadRow(f"undecodable bytes, or half of a surrogate pair, at character {error.start}") from None
 
 
+def _marked(document: Document, place: int | None = None) -> Marked:
+    value = digest(canonical(document))
+    return Marked(document, value if place is None else placed(value, place))
+
+
 def _field_or_template(given: str) -> Callable[[Row], str]:
     parts = list(string.Formatter().parse(given))
     if all(name is None for _, name, _, _ in parts):
@@ -113,7 +138,7 @@ def _text(row: Row, name: str) -> str:
     return value
 
 
-def _printed(row: Row, name: str) -> str:
+def _printed(row: Row, name: str, *, may_be_blank: bool = False) -> str:
     """Text, or a number as a person would write it."""
     value = _get(row, name)
     if isinstance(value, str):
@@ -122,7 +147,7 @@ def _printed(row: Row, name: str) -> str:
         text = str(value)
     else:
         raise BadRow(f"field {name!r} is {_kind(value)}, expected text or a number")
-    return _not_empty(text, f"field {name!r}")
+    return text if may_be_blank else _not_empty(text, f"field {name!r}")
 
 
 def _not_empty(text: str, what: str) -> str:
@@ -143,14 +168,24 @@ _TRIPLE_FIELDS = (
 )
 
 
-def _triple(row: Row) -> tuple[str, str, str]:
+def _wordings(row: Row, spec: TriplesSpec) -> list[Marked]:
+    triple = triples.Triple(*_triple(row, may_be_empty=spec.filter))
+    triple = triples.tidy(triple) if spec.tidy else triple
+    if reason := triples.objection(triple, spec):
+        raise LeftOut(reason)
+    made = triples.wordings(triple, spec)
+    return [_marked(one.text if one.question is None else _exchange(one.question, one.text), one.place) for one in made]
+
+
+def _triple(row: Row, *, may_be_empty: bool) -> list[str]:
     found = []
     for names in _TRIPLE_FIELDS:
         name = next((name for name in names if name in row), None)
         if name is None:
             raise BadRow(f"no field for the {names[0]}: name it one of {', '.join(names)}; it has {', '.join(row)}")
-        found.append(_printed(row, name).strip())
-    return found[0], found[1], found[2]
+        empty = may_be_empty and (row[name] is None or row[name] == "")
+        found.append("" if empty else _printed(row, name, may_be_blank=may_be_empty).strip())
+    return found
 
 
 def _exchange(prompt: str, response: str, system: str | None = None) -> Conversation:

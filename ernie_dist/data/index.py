@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -91,11 +92,15 @@ def write_index(
                 longest = max(longest, int(kept.max(initial=0)))
             first_document += len(here)
             first_token += record.tokens
+    left_out: Counter[str] = Counter()
+    for record in records:
+        left_out.update(record.left_out)
     quarantined = _write_quarantine(aside / "quarantine.jsonl", shards, records)
     result = manifest(
         rows=sum(record.rows for record in records),
         documents=first_document,
         quarantined=quarantined,
+        left_out=dict(left_out.most_common()),
         duplicates=int(duplicates.sum()) if duplicates is not None else 0,
         splits={name: SplitCount(documents=count[0], tokens=count[1]) for name, count in counts.items()},
         length_histogram={1 << power: int(count) for power, count in enumerate(histogram) if count},

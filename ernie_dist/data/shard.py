@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ernie_dist.data.packing import Packs, ranges
 from ernie_dist.data.split import SPLITS
@@ -36,6 +36,8 @@ class ShardRecord(Strict):
     documents: int
     tokens: int
     bad_rows: int
+    left_out: dict[str, int] = Field(default_factory=dict)
+    """rows passed over as the source asked for, by reason"""
     end: tuple[int, int, int]
     """readers.Position after the last row"""
     consumed: int
@@ -70,9 +72,11 @@ class Manifest(Strict):
     """tokens in the inputs -> what the model learns to say there"""
     rows: int
     documents: int
-    """rows that are documents, duplicates among them"""
+    """what rows became, duplicates among them; of triples one row may become several"""
     quarantined: int
     """bad rows, in quarantine.jsonl"""
+    left_out: dict[str, int] = Field(default_factory=dict)
+    """rows passed over as the source asked for, by reason"""
     duplicates: int
     """documents left out because their content was seen before"""
     splits: dict[str, SplitCount]

@@ -19,6 +19,11 @@ def digest(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
+def placed(digest: int, place: int) -> int:
+    """A digest by which equal documents are still found, and whose split is decided by `place`, 32 bits."""
+    return place << 32 | digest & 0xFFFFFFFF
+
+
 def split_of(digests: np.ndarray, split: SplitSpec) -> np.ndarray:
     """uint64 [documents] -> uint8 [documents]: index into SPLITS.
 

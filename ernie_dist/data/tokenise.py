@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,12 +23,11 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
-from ernie_dist.data.documents import BadRow, Document, canonical, document_maker
+from ernie_dist.data.documents import BadRow, LeftOut, row_reader
 from ernie_dist.data.inputs import Input, unpacked_bytes
 from ernie_dist.data.readers import Block, Broken, Position, line_encoding, parse_block, read_blocks
 from ernie_dist.data.render import Encoder
 from ernie_dist.data.shard import ShardRecord, read_bad_rows, read_shards
-from ernie_dist.data.split import digest
 from ernie_dist.data.tokenizer import PublishedTokenizer
 from ernie_dist.spec.curriculum import SourceSpec
 from ernie_dist.spec.errors import DataError, EnvironmentProblem
@@ -61,6 +60,8 @@ class Encoded:
     digests: np.ndarray
     """uint64 [documents]"""
     bad: list[BadLine]
+    left_out: dict[str, int]
+    """rows passed over as the source asked for, by reason"""
 
 
 class Pool(Protocol):
@@ -169,29 +170,33 @@ def _start_worker(tokenizer: PublishedTokenizer) -> None:
 def encode_block(block: Block, source: SourceSpec, encode: bool) -> Encoded:
     """Rows -> documents -> tokens; without `encode` the rows are only checked. Runs in a worker."""
     assert _encoder is not None
-    make = document_maker(source)
+    read = row_reader(source)
     documents: list[Any] = []
     digests: list[int] = []
     bad: list[BadLine] = []
+    left_out: Counter[str] = Counter()
     rows = 0
     for index, line, row in parse_block(block, line_encoding(source)):
         rows += 1
         try:
             if isinstance(row, Broken):
                 raise BadRow(row.reason)
-            document: Document = make(row)
-            content = canonical(document)
-            _encoder.check(document)
+            marked = read(row)
+            for document, _ in marked:
+                _encoder.check(document)
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
         except BadRow as error:
             raw = row.raw if isinstance(row, Broken) else json.dumps(row, ensure_ascii=False, default=str)
             bad.append(BadLine(index, line, str(error), raw))
         else:
-            documents.append(document)
-            digests.append(digest(content))
+            documents += [document for document, _ in marked]
+            digests += [digest for _, digest in marked]
     if not encode:
         documents, digests = [], []
     encoding = _encoder.encode(source.kind, documents)
-    return Encoded(rows, encoding.tokens, encoding.mask, encoding.lengths, np.array(digests, np.uint64), bad)
+    marks = np.array(digests, np.uint64)
+    return Encoded(rows, encoding.tokens, encoding.mask, encoding.lengths, marks, bad, dict(left_out))
 
 
 def tokenise(
@@ -277,6 +282,7 @@ class _ShardWriter:
         self._names = names[:-1] if kind == "text" else names
         self._files: dict[str, BinaryIO] = {}
         self._rows = self._documents = self._tokens = self._bad = 0
+        self._left_out: Counter[str] = Counter()
         self.size = 0
         """bytes of input so far"""
 
@@ -304,6 +310,7 @@ class _ShardWriter:
         self._documents += len(encoded.lengths)
         self._tokens += len(encoded.tokens)
         self._bad += len(encoded.bad)
+        self._left_out.update(encoded.left_out)
 
     def publish(self, end: Position, consumed: int, *, last: bool) -> ShardRecord:
         record = ShardRecord(
@@ -311,6 +318,7 @@ class _ShardWriter:
             documents=self._documents,
             tokens=self._tokens,
             bad_rows=self._bad,
+            left_out=dict(self._left_out),
             end=end,
             consumed=consumed,
             last=last,

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ernie_dist.data.documents import BadRow, canonical, document_maker, turns
+from ernie_dist.data.documents import BadRow, LeftOut, Turn, row_reader, turns
 from ernie_dist.data.inputs import Input
 from ernie_dist.data.readers import Broken, line_encoding, parse_block, read_blocks
-from ernie_dist.data.split import SPLITS, digest, split_of
+from ernie_dist.data.split import SPLITS, split_of
 from ernie_dist.spec.curriculum import SourceSpec, SplitSpec
 
 SAMPLED_BYTES = 1 << 27
@@ -24,17 +24,23 @@ def training_texts(sources: list[tuple[SourceSpec, list[Input], SplitSpec]]) -> 
     total = sum(item.size for _, inputs, _ in sources for item in inputs)
     sampled = int(min(1.0, SAMPLED_BYTES / max(total, 1)) * 2**32)
     for source, inputs, split in sources:
-        make = document_maker(source)
+        read = row_reader(source)
         for block in read_blocks(source, inputs):
             for located in parse_block(block, line_encoding(source)):
                 if isinstance(located.row, Broken):
                     continue
                 try:
-                    document = make(located.row)
-                    value = digest(canonical(document))
-                except BadRow:
+                    marked = read(located.row)
+                except (BadRow, LeftOut):
                     continue
-                if (value & 0xFFFFFFFF) >= sampled:
-                    continue
-                if SPLITS[int(split_of(np.array([value], np.uint64), split)[0])] == "train":
-                    yield from (document,) if isinstance(document, str) else (turn.content for turn in turns(document))
+                for document, value in marked:
+                    if (value & 0xFFFFFFFF) >= sampled:
+                        continue
+                    if SPLITS[int(split_of(np.array([value], np.uint64), split)[0])] == "train":
+                        yield from (
+                            [document] if isinstance(document, str) else (turn.content for turn in turns(document))
+                        )
+
+
+def _content(turn: Turn) -> str:
+    return turn.content

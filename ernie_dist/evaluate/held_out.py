@@ -47,6 +47,11 @@ class HeldOut:
         """Those with something to measure, as things are."""
         return [name for name, reader in self._readers.items() if self._measurable(name, reader)]
 
+    @property
+    def cut_short(self) -> bool:
+        """Whether the last evaluation was cancelled before its end. The same on all ranks."""
+        return self._cancelled
+
     def losses(self, engine: Engine, cancelled: Callable[[], bool]) -> Iterator[HeldOutLoss]:
         """Evaluates source by source, until `cancelled` says so, which has to be the same on all ranks. Collective."""
         for name in self.sources:

@@ -13,8 +13,10 @@ from typing import IO
 from ernie_dist.events.event import (
     AttemptStarted,
     BatchesSkipped,
+    BestCheckpoint,
     CheckpointRefused,
     CheckpointSaved,
+    EarlyStopped,
     Evaluated,
     Event,
     Failed,
@@ -189,6 +191,11 @@ class ConsoleSink:
         if isinstance(event, CheckpointSaved):
             size, waited = human_bytes(event.bytes), event.blocked
             return [f"checkpoint {event.checkpoint}: {size} in {event.seconds:.1f} s, {waited:.1f} s of it waited for"]
+        if isinstance(event, BestCheckpoint):
+            return [f"{event.checkpoint} is the best so far: held-out loss {event.loss:.4f} ({event.source})"]
+        if isinstance(event, EarlyStopped):
+            best = f"; the best was {event.best_loss:.4f} at step {event.best_step}" if event.best_loss else ""
+            return [f"ends early after step {event.step}: {event.reason}{best}"]
         if isinstance(event, UpdateRefused):
             self._refused_step = event.step
             return [f"step {event.step}: the update is refused (batch {event.batch_index}): {event.reason}"]

@@ -158,6 +158,27 @@ class Evaluated(Event):
 
 
 @dataclass(frozen=True)
+class BestCheckpoint(Event):
+    """The held-out loss that the job goes by has never been lower: the checkpoint of this step is kept."""
+
+    step: int
+    checkpoint: str
+    source: str
+    """as in evaluate.best"""
+    loss: float
+
+
+@dataclass(frozen=True)
+class EarlyStopped(Event):
+    """The held-out loss has ceased to fall: the run ends here, and is finished."""
+
+    step: int
+    reason: str
+    best_step: int | None
+    best_loss: float | None
+
+
+@dataclass(frozen=True)
 class CheckpointSaved(Event):
     """A checkpoint that counts: it was written behind the steps, `blocked` of its `seconds` they stood still."""
 

@@ -11,12 +11,12 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ernie_dist.report.data import RunSummary
+from ernie_dist.report.data import RunSummary, StageSummary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,6 +81,28 @@ def loss_svg(run: RunSummary, *, narrow: bool) -> str:
     """Train and held-out loss over tokens."""
     with _figure((4.6, 4.4) if narrow else (10.6, 4.3), _SENTINELS, "narrow" if narrow else "wide") as figure:
         _draw_loss(run, figure.add_subplot(), _SENTINELS, narrow=narrow)
+        return _svg(figure)
+
+
+def stage_svg(run: RunSummary, stage: StageSummary) -> str:
+    """The same of one stage and its own sources, on scales of its own."""
+    end = stage.first_token + stage.tokens
+    mixture = next(one.mixture for one in run.job.stages if one.name == stage.name)
+    within = {
+        source: [(x, y) for x, y in points if stage.first_token <= x <= end]
+        for source, points in run.held_out.items()
+        if source in mixture
+    }
+    part = replace(
+        run,
+        metrics=[step for step in run.metrics if step["stage"] == stage.name],
+        held_out=within,
+        stages=[stage],
+        restarts=[tokens for tokens in run.restarts if stage.first_token <= tokens <= end],
+        best=run.best if run.best and stage.first_token < _tokens_at(run, run.best["step"]) <= end else None,
+    )
+    with _figure((5.2, 3.4), _SENTINELS, f"stage-{stage.name}") as figure:
+        _draw_loss(part, figure.add_subplot(), _SENTINELS, narrow=True)
         return _svg(figure)
 
 
@@ -162,6 +184,24 @@ def _draw_loss(
             label=f"held-out {source}",
             zorder=4,
         )
+        if len(points) > 2:
+            lowest = min(points, key=lambda point: point[1])
+            axes.plot(
+                *([lowest[0] / scale.divisor], [lowest[1]]),
+                color=colours[f"source-{number % 8}"],
+                marker="o",
+                markersize=10,
+                markerfacecolor="none",
+                zorder=4,
+            )
+    if run.best is not None:
+        axes.axvline(
+            _tokens_at(run, run.best["step"]) / scale.divisor,
+            color=colours["ink"],
+            linewidth=1.0,
+            label=f"best: step {run.best['step']:,}",
+            zorder=1,
+        )
     shown = [*losses[np.isfinite(losses)], *(y for points in run.held_out.values() for _, y in points)]
     if shown and min(shown) > 0 and max(shown) / min(shown) > 30:
         axes.set_yscale("log")
@@ -193,7 +233,8 @@ def _draw_line(run: RunSummary, axes: Axes, colours: dict[str, str], name: str, 
 
 
 def _draw_stages(run: RunSummary, axes: Axes, colours: dict[str, str], scale: Scale, *, names: bool) -> None:
-    axes.set_xlim(0, (run.tokens or run.job.total_tokens) / scale.divisor * 1.01)
+    first, end = run.stages[0].first_token, run.tokens or run.job.total_tokens
+    axes.set_xlim(first / scale.divisor, (first + (end - first) * 1.01) / scale.divisor)
     begun = [stage for stage in run.stages if stage.steps]
     for index, stage in enumerate(begun):
         left = stage.first_token / scale.divisor
@@ -229,6 +270,10 @@ def _draw_restarts(run: RunSummary, axes: Axes, colours: dict[str, str], scale: 
             label="went on from a checkpoint" if label and number == 0 else None,
             zorder=1,
         )
+
+
+def _tokens_at(run: RunSummary, step: int) -> int:
+    return next((line["consumed_tokens"] for line in run.metrics if line["step"] == step), run.tokens)
 
 
 def _say(axes: Axes, colours: dict[str, str], text: str) -> None:

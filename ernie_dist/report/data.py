@@ -88,6 +88,8 @@ class SourceSummary:
     tokens: int | None
     quarantined: int | None
     duplicates: int | None
+    left_out: dict[str, int]
+    """rows passed over as the source asked for, by reason"""
     splits: dict[str, int]
     """documents in train, validation, test"""
     padding: dict[str, float]
@@ -119,6 +121,10 @@ class RunSummary:
     attempts: list[Attempt]
     replays: list[Replayed]
     checkpoints: list[Checkpoint]
+    best: dict[str, Any] | None
+    """the last BestCheckpoint event; None where the job names no measure"""
+    ended_early: str
+    """why the run ended before its time; "" if it did not"""
     refused: list[tuple[str, str]]
     """checkpoints passed over, with the reason"""
     restarts: list[int]
@@ -184,6 +190,7 @@ def collect(run_dir: Path) -> RunSummary:
     events = read_events(files.events)
     evaluations = _evaluations(events)
     matrix = _matrix(job, evaluations)
+    best, early = (_kept(events, kind, "step")[-1:] for kind in ("BestCheckpoint", "EarlyStopped"))
     lines = read_all_attempts(files.metrics)
     attempts = attempts_of(events, lines)
     return RunSummary(
@@ -197,6 +204,8 @@ def collect(run_dir: Path) -> RunSummary:
         attempts=attempts,
         replays=replayed_steps(files.metrics),
         checkpoints=_checkpoints(files, events),
+        best=best[0] if best else None,
+        ended_early=early[0]["reason"] if early else "",
         refused=[(e["checkpoint"], e["reason"]) for e in events if e["event"] == "CheckpointRefused"],
         time=of_run(files, job),
         slow=slow_ranks(lines, job.spec.watchdog.straggler),
@@ -208,13 +217,18 @@ def collect(run_dir: Path) -> RunSummary:
 
 
 def _evaluations(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Held-out losses ordered by step; of one evaluated twice the later counts."""
-    latest: dict[tuple[int, str], dict[str, Any]] = {}
+    """Held-out losses ordered by step."""
+    return [event for event in _kept(events, "Evaluated", "step", "source") if event["loss"] is not None]
+
+
+def _kept(events: list[dict[str, Any]], kind: str, *keys: str) -> list[dict[str, Any]]:
+    """Events of a kind ordered by step; of those that agree in `keys` the later counts."""
+    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for event in events:
-        if event["event"] == "Evaluated" and event["loss"] is not None:
-            latest[event["step"], event["source"]] = event
+        if event["event"] == kind:
+            latest[tuple(event[key] for key in keys)] = event
         elif event["event"] == "BatchesSkipped":  # the run went back behind these
-            latest = {key: kept for key, kept in latest.items() if key[0] < event["step"]}
+            latest = {key: kept for key, kept in latest.items() if kept["step"] < event["step"]}
     return sorted(latest.values(), key=lambda event: event["step"])
 
 
@@ -322,6 +336,7 @@ def _source(job: ResolvedJob, name: str) -> SourceSummary:
         tokens=tokens if manifest else None,
         quarantined=manifest.get("quarantined"),
         duplicates=manifest.get("duplicates"),
+        left_out=manifest.get("left_out", {}),
         splits=splits,
         padding=padding,
     )

@@ -69,6 +69,7 @@ def render(run: RunSummary) -> str:
         dark=charts.DARK,
         wide=charts.loss_svg(run, narrow=False),
         narrow=charts.loss_svg(run, narrow=True),
+        by_stage=[(stage.name, charts.stage_svg(run, stage)) for stage in run.stages if 0 < stage.steps < run.steps],
         learning_rate=charts.line_svg(run, "learning_rate", "learning rate"),
         speed=charts.line_svg(run, "tokens_per_second", "tokens/s"),
         grad_norm=charts.line_svg(run, "grad_norm", "gradient norm"),

@@ -32,6 +32,25 @@ class SplitSpec(Strict):
         return self
 
 
+class TriplesSpec(Strict):
+    """How rows of entity, attribute, value become documents."""
+
+    make: Literal["text", "qa"] = Field(description="sentences, or questions and answers")
+    phrasings: int = Field(1, ge=1, le=6, description="documents of each triple, as far as there are wordings")
+    filter: bool = Field(False, description="leave out triples that say nothing, and count them by reason")
+    longest: int | None = Field(None, ge=1, description="characters of an entity, attribute or value; else left out")
+    tidy: bool = Field(False, description="take out [[link]] marks, [1] footnotes, and line breaks")
+    hold_out: Literal["documents", "entities", "phrasings"] = Field(
+        "documents", description="what the split deals out: documents, whole entities, or wordings of each triple"
+    )
+
+    @model_validator(mode="after")
+    def _wordings_to_hold_out(self) -> TriplesSpec:
+        if self.hold_out == "phrasings" and self.phrasings == 1:
+            raise ValueError("hold_out: phrasings holds back some wordings of each triple: set phrasings to 2 or more")
+        return self
+
+
 class SourceSpec(Strict):
     """A named dataset, and how one of its rows becomes a document.
 
@@ -57,7 +76,7 @@ class SourceSpec(Strict):
     preference: Literal["pairs", "erniekit"] | None = Field(
         None, description="layout of rows with a chosen and a rejected answer, for a stage with dpo"
     )
-    triples: Literal["text", "qa"] | None = Field(
+    triples: Literal["text", "qa"] | TriplesSpec | None = Field(
         None, description="rows are entity, attribute, value: make sentences or question-answer pairs of them"
     )
     on_bad_row: Literal["fail", "quarantine"] = Field("fail", description="stop, or set bad rows aside and count them")
@@ -117,7 +136,8 @@ class SourceSpec(Strict):
         """Whether documents are plain text, conversations or pairs of answers."""
         if self.preference is not None:
             return "preference"
-        return "text" if self.text is not None or self.triples == "text" else "chat"
+        triples = self.triples.make if isinstance(self.triples, TriplesSpec) else self.triples
+        return "text" if self.text is not None or triples == "text" else "chat"
 
     @property
     def paths(self) -> tuple[str, ...]:

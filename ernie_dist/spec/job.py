@@ -28,6 +28,7 @@ from ernie_dist.spec.secrets import secrets_in
 from ernie_dist.spec.shape import config_values
 from ernie_dist.spec.strict import Strict
 from ernie_dist.spec.training import (
+    ALL_SOURCES,
     CheckpointSpec,
     EngineSpec,
     EvaluateSpec,
@@ -142,6 +143,7 @@ class _Parts:
     model: ModelSpec | None
     engine: EngineSpec | None
     resources: ResourcesSpec | None
+    evaluate: EvaluateSpec | None
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> _Parts:
@@ -160,6 +162,7 @@ class _Parts:
             model=_valid(ModelSpec, raw.get("model")),
             engine=_valid(EngineSpec, raw.get("engine", {})),
             resources=_valid(ResourcesSpec, raw.get("resources", {})),
+            evaluate=_valid(EvaluateSpec, raw.get("evaluate", {})),
         )
 
 
@@ -190,6 +193,7 @@ def _cross_check(parts: _Parts) -> Iterator[Problem]:
         for source in sorted(set(parts.sources) - used):
             yield Problem(f"sources.{source}", "no stage's mixture uses this source; use it or remove it")
     yield from _engine_problems(parts)
+    yield from _evaluate_problems(parts)
 
 
 def _batch_problem(parts: _Parts, where: str, stage: StageSpec) -> Iterator[Problem]:
@@ -216,6 +220,15 @@ def _engine_problems(parts: _Parts) -> Iterator[Problem]:
             config_values(parts.model)
         except SpecError as error:
             yield Problem("model", str(error))
+
+
+def _evaluate_problems(parts: _Parts) -> Iterator[Problem]:
+    best = parts.evaluate.best if parts.evaluate is not None else None
+    if best is not None and best != ALL_SOURCES and best not in parts.sources:
+        yield Problem("evaluate.best", f"unknown source; {suggest(best, [*parts.sources, ALL_SOURCES])}", best)
+    if parts.evaluate is not None and parts.evaluate.early_stop is not None and len(parts.stages) > 1:
+        remedy = "make the last stage a job of its own that starts from this one's export, or leave it out"
+        yield Problem("evaluate.early_stop", f"a job of {len(parts.stages)} stages cannot end early: {remedy}")
 
 
 def fingerprint(value: Any) -> str:

@@ -47,7 +47,8 @@ def from_pydantic(error: ValidationError, model: type[BaseModel]) -> list[Proble
     for item in error.errors(include_url=False):
         path = _real_path(item, model)
         where = ".".join(map(str, path)) or "the job"
-        problems.setdefault(where, Problem(where, _message(item, path, model), _shown(item)))
+        if where not in problems or item["type"] == "value_error":  # the member of a union that read all of the value
+            problems[where] = Problem(where, _message(item, path, model), _shown(item))
     # Of a union's members, the one that got further into the value is the one that was meant.
     return [problem for where, problem in problems.items() if not any(w.startswith(f"{where}.") for w in problems)]
 

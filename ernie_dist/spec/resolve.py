@@ -24,7 +24,7 @@ from ernie_dist.spec.layout import EngineLayout
 from ernie_dist.spec.problems import Problem, refuse
 from ernie_dist.spec.quantity import Quantity, Unit
 from ernie_dist.spec.strict import Strict
-from ernie_dist.spec.training import ScheduleSpec
+from ernie_dist.spec.training import ALL_SOURCES, ScheduleSpec
 
 
 class PackedLength(Strict):
@@ -223,6 +223,11 @@ def resolve(spec: JobSpec, tokenizer: ResolvedTokenizer, sources: Mapping[str, R
         if stage.duration.unit is not Unit.EPOCHS:
             per_step = per_batch // stage.sequence_length
             problems += _repeats(spec, index, passes(stage, batches, per_step, packed), per_step)
+    best = spec.evaluate.best
+    if best is not None and not any(one.held_out for name, one in sources.items() if best in (name, ALL_SOURCES)):
+        problems.append(
+            Problem("evaluate.best", "there are no held-out documents to measure; give split.validation a share", best)
+        )
     if problems:
         raise refuse(f"the data of {spec.name}", problems)
 

@@ -147,6 +147,18 @@ def checkpoint_step(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
+def checkpoint_folder(checkpoints: Path, step: int) -> Path:
+    """120 -> step_00000120"""
+    return checkpoints / f"step_{step:08d}"
+
+
+def best_checkpoint(checkpoints: Path) -> Path | None:
+    """The checkpoint with the lowest held-out loss, as the newest one remembers it; None where no best one is kept."""
+    newest = complete_checkpoints(checkpoints)[:1]
+    best = read_state(newest[0])["extra"].get("best") if newest else None
+    return checkpoint_folder(checkpoints, best["step"]) if best and best["step"] is not None else None
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """progress.json of a committed checkpoint: the progress, and the stages begun with their fingerprints."""
     return json.loads((folder / PROGRESS).read_text(encoding="utf-8"))

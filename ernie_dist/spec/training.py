@@ -105,10 +105,31 @@ class CheckpointSpec(Strict):
     keep_last: int = Field(3, ge=1, description="complete checkpoints kept")
 
 
+ALL_SOURCES = "mean"
+"""evaluate.best: the mean over all sources that have held-out documents, each counting the same"""
+
+
+class EarlyStopSpec(Strict):
+    """When a run ends before its time, because its held-out loss does not fall any more."""
+
+    patience: int = Field(ge=1, description="evaluations in a row without a lower loss")
+    min_delta: float = Field(0.0, ge=0, description="nats by which a loss must be lower to count as lower")
+
+
 class EvaluateSpec(Strict):
     every: Interval | None = Field(None, description="besides the start and the stage ends: '2B tokens', '500 steps'")
     sequence_length: int | None = Field(None, ge=8, description="of held-out sequences; default: the longest stage's")
     max_tokens: Count = Field(1 << 20, description="held-out tokens per source")
+    best: str | None = Field(
+        None, description="a source, or mean: the checkpoint with its lowest held-out loss is kept, and exported"
+    )
+    early_stop: EarlyStopSpec | None = Field(None, description="end the run once the loss of `best` ceases to fall")
+
+    @model_validator(mode="after")
+    def _early_stop_has_a_measure(self) -> EvaluateSpec:
+        if self.early_stop is not None and (self.best is None or self.every is None):
+            raise ValueError("early_stop looks at evaluations of one loss: give best (a source, or mean) and every")
+        return self
 
 
 class WandbSpec(Strict):

@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from ernie_dist.data import readers
-from ernie_dist.data.documents import BadRow, canonical, document_maker
+from ernie_dist.data.documents import BadRow, canonical, document_maker, row_reader
 from ernie_dist.data.readers import Broken, find_inputs, line_encoding, parse_block, read_blocks
 from ernie_dist.spec.curriculum import SourceSpec
 from ernie_dist.spec.errors import DataError
@@ -183,14 +183,15 @@ def test_templates_read_fields_by_name_and_nothing_else() -> None:
 
 def test_triples_always_get_the_same_phrasing_but_not_all_the_same_one() -> None:
     for kind in ("text", "qa"):
-        make = document_maker(SourceSpec(path="x", triples=kind))
-        documents = [make({"实体": f"河{n}", "属性": "全长", "值": n}) for n in range(40)]
-        assert documents == [make({"entity": f"河{n}", "attribute": "全长", "value": str(n)}) for n in range(40)]
+        read = row_reader(SourceSpec(path="x", triples=kind))
+        documents = [read({"实体": f"河{n}", "属性": "全长", "值": n})[0].document for n in range(40)]
+        again = [read({"entity": f"河{n}", "attribute": "全长", "value": str(n)})[0].document for n in range(40)]
+        assert documents == again
         contents = [canonical(document).decode() for document in documents]
         assert all(f"河{n}" in text and str(n) in text and "全长" in text for n, text in enumerate(contents))
         assert len({text.replace(str(n), "#") for n, text in enumerate(contents)}) > 2
     with pytest.raises(BadRow, match="attribute"):
-        make({"实体": "a", "值": "b"})
+        read({"实体": "a", "值": "b"})
 
 
 def test_the_real_gb18030_table_and_array_are_read_whole(shared_data: Path) -> None:
