@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     at["stop"].add_argument("--wait", action="store_true", help="return when the run has stopped")
     at["export"].add_argument("--to", required=True, metavar="DIR", help="folder to write")
+    at["export"].add_argument("--adapter-only", action="store_true", help="the LoRA adapter alone, for peft")
     at["export"].add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
     drill = at["drill"]
     drill.add_argument("--rounds", type=_positive, default=20, metavar="N", help="faults, one after another (20)")

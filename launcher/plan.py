@@ -132,7 +132,7 @@ def _adapter_line(job: JobSpec, shape: ModelShape | None) -> list[str]:
     if shape is None:
         return [line]
     trained = shape.adapter_parameters(adapter)
-    share = f" ({trained / shape.parameters:.2%} of the model's)" if shape.vocab_size else ""
+    share = f", {trained / (shape.parameters + trained):.2%} of all" if shape.vocab_size else ""
     return [line, f"           {trained:,} trainable parameters{share}"]
 
 

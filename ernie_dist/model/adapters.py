@@ -7,6 +7,7 @@ model.layers.0.self_attn.q_proj.weight -> ...q_proj.base_layer.weight  frozen
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
@@ -29,16 +30,23 @@ def add_adapter(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> None:
 
 
 def adapted(base: PreTrainedModel, spec: AdapterSpec, weights: Mapping[str, torch.Tensor]) -> PeftModel:
-    """peft's own model of a base and the trained weights of an adapter, named as `add_adapter` does.
+    """peft's own model of a base and the trained weights of an adapter, named as `add_adapter` does; {}: untrained.
 
     Raises CheckpointError if they do not belong together.
     """
     model = get_peft_model(base, _config(spec))
     wanted = {name.removeprefix(_WRAPPED) for name, tensor in model.named_parameters() if tensor.requires_grad}
-    if wrong := sorted(wanted ^ set(weights)):
-        raise CheckpointError(f"adapter weights do not fit the model: {wrong[:3]}")
+    if weights and (wrong := sorted(wanted ^ set(weights))):
+        raise CheckpointError(f"the weights of the checkpoint do not fit the adapter: {wrong[:3]}")
     model.load_state_dict({_WRAPPED + name: tensor for name, tensor in weights.items()}, strict=False)
+    if Path(base.name_or_path).is_dir():  # where an adapter lies in a folder, its base is found from anywhere
+        model.active_peft_config.base_model_name_or_path = str(Path(base.name_or_path).resolve())
     return model
+
+
+def merged(model: PeftModel) -> PreTrainedModel:
+    """The base with the adapter added to its weights."""
+    return model.merge_and_unload(safe_merge=True)
 
 
 def _config(spec: AdapterSpec) -> LoraConfig:
