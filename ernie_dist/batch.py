@@ -20,6 +20,16 @@ Row = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
+class Chance:
+    """What training leaves to chance on a micro-batch: noise and dropout are drawn from its seeds, and nothing else."""
+
+    seeds: tuple[int, ...]
+    """0 <= seed < 2**64 for every row; the same for a sequence of a batch on any number of ranks"""
+    neftune_alpha: float
+    """noise on the embeddings; 0: none"""
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Packed sequences for one forward pass: B rows of T positions."""
 
@@ -33,6 +43,8 @@ class MicroBatch:
     """int32 [documents + 1]: 0 and the end of every document in the flattened B*T positions; padding is one too"""
     longest: int
     """positions of the longest document"""
+    chance: Chance | None = None
+    """None: nothing is left to it"""
 
     def to(self, device: torch.device) -> MicroBatch:
         if device.type == "cpu":
@@ -41,7 +53,7 @@ class MicroBatch:
             tensor.pin_memory().to(device, non_blocking=True)
             for tensor in (self.tokens_BT, self.labels_BT, self.positions_BT, self.document_ends)
         )
-        return MicroBatch(*moved, longest=self.longest)
+        return MicroBatch(*moved, longest=self.longest, chance=self.chance)
 
 
 @dataclass(frozen=True)

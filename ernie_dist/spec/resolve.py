@@ -69,6 +69,7 @@ class ResolvedStage(Strict):
     mixture: dict[str, float]
     loss: Literal["answers", "last_answer", "all"]
     freeze: tuple[str, ...]
+    neftune_alpha: float = 0.0
     schedule: ScheduleSpec
     schedule_first_token: int
     schedule_tokens: int
@@ -281,6 +282,7 @@ def _resolve_stage(
         mixture=stage.mixture,
         loss=stage.loss,
         freeze=stage.freeze,
+        neftune_alpha=stage.neftune_alpha,
         schedule=schedule,
         schedule_first_token=0,
         schedule_tokens=0,
