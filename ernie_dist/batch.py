@@ -47,6 +47,16 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Chance:
+    """What training leaves to chance on a micro-batch: noise and dropout are drawn from its seeds, and nothing else."""
+
+    seeds: tuple[int, ...]
+    """0 <= seed < 2**64 for every row; the same for a sequence of a batch on any number of ranks"""
+    neftune_alpha: float
+    """noise on the embeddings; 0: none"""
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Packed sequences for one forward pass: B rows of T positions."""
 
@@ -62,6 +72,8 @@ class MicroBatch:
     """positions of the longest document"""
     pairs: Pairs | None = None
     """where the loss compares answers"""
+    chance: Chance | None = None
+    """None: nothing is left to it"""
 
     @property
     def weight(self) -> int:
@@ -75,7 +87,8 @@ class MicroBatch:
             tensor.pin_memory().to(device, non_blocking=True)
             for tensor in (self.tokens_BT, self.labels_BT, self.positions_BT, self.document_ends)
         )
-        return MicroBatch(*moved, longest=self.longest, pairs=self.pairs and self.pairs.to(device))
+        pairs = self.pairs.to(device) if self.pairs else None
+        return MicroBatch(*moved, longest=self.longest, pairs=pairs, chance=self.chance)
 
 
 @dataclass(frozen=True)

@@ -81,10 +81,17 @@ class CheckpointStore:
     """The checkpoints of one run. Every method but `due` and `saved` is collective."""
 
     def __init__(
-        self, folder: Path, job: ResolvedJob, world: World, *, before_publishing: Callable[[], None] = lambda: None
+        self,
+        folder: Path,
+        job: ResolvedJob,
+        world: World,
+        *,
+        base: str | None = None,
+        before_publishing: Callable[[], None] = lambda: None,
     ) -> None:
-        """`before_publishing` raises on rank 0 if this attempt has lost the right to add a checkpoint to the run."""
-        self._before_publishing = before_publishing
+        """`base`: fingerprint of the weights that are in no checkpoint, under an adapter. `before_publishing` raises
+        on rank 0 if this attempt has lost the right to add a checkpoint to the run."""
+        self._before_publishing, self._base = before_publishing, base
         self._folder, self.job, self._world = folder, job, world
         self._behind = world.apart()  # the thread's own, so that its messages do not mix with those of the steps
         self._under_way: Future[Saved] | None = None
@@ -190,6 +197,11 @@ class CheckpointStore:
                     f"{ours[number] if number < len(ours) else 'absent'}); a run's past cannot be rewritten: "
                     "restore the job's earlier text, or start a new run directory"
                 )
+        if state.get("base") != self._base:
+            raise CheckpointError(
+                f"{folder}: its adapter was trained on other weights than {self.job.spec.model.from_pretrained} holds "
+                "now; bring the earlier ones back, or start a new run directory"
+            )
         saved = EngineLayout.from_json(state["layout"])
         obstacle = saved.obstacle(replace(self.job.layout(self._world.size), precision=precision))
         if obstacle:
@@ -263,6 +275,7 @@ class CheckpointStore:
             "stages": [[stage.name, stage.fingerprint] for stage in begun],
             "layout": layout.to_json(),
             "device": self._world.device.type,
+            "base": self._base,
             "consumed_tokens": self.job.consumed_tokens(progress.batch_index),
             "extra": extra,
         }

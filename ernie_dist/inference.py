@@ -5,6 +5,7 @@ messages --chat template--> prompt ids --generate, KV cache--> Answer, or pieces
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -24,7 +25,10 @@ from transformers import (
 )
 
 from ernie_dist.data.tokenizer import give_template
+from ernie_dist.model.base_weights import weights_fingerprint
 from ernie_dist.spec.errors import DataError, ErnieError, SpecError
+from ernie_dist.spec.run_files import EXPORTED
+from ernie_dist.spec.training import ModelSpec
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": ...}"""
@@ -275,8 +279,6 @@ def _export_of(folder: Path) -> Path:
 
 
 def _base_of(adapter: Path) -> str:
-    import json
-
     base = None
     with suppress(OSError, ValueError):
         base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -288,12 +290,22 @@ def _base_of(adapter: Path) -> str:
 def _with_adapter(model: PreTrainedModel, adapter: Path, base: str) -> PreTrainedModel:
     from peft import PeftModel
 
+    _refuse_other_base(adapter, base)
     try:
         return PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)  # type: ignore[return-value]
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise SpecError(
             f"{adapter}: does not fit {base}: {_first_line(error)}; put it on the base it was trained for"
         ) from error
+
+
+def _refuse_other_base(adapter: Path, base: str) -> None:
+    """Of an adapter that was exported here it is known which weights it belongs to, and shapes do not tell."""
+    known = None
+    with suppress(OSError, ValueError):
+        known = json.loads((adapter / EXPORTED).read_text(encoding="utf-8")).get("base")
+    if known and weights_fingerprint(ModelSpec(from_pretrained=base)) != known["weights"]:
+        raise SpecError(f"{adapter}: is an adapter of {known['model']}, and {base} holds other weights; give its base")
 
 
 def _tokenizer(adapter: Path | None, base: str) -> PreTrainedTokenizerBase:

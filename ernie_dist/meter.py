@@ -17,7 +17,7 @@ class Meter:
     """Token positions per second and model FLOPs utilisation, from one step's end to the next one's."""
 
     def __init__(self, job: ResolvedJob, engine: Engine, world: World) -> None:
-        self._shape = ModelShape.from_config(engine.config)
+        self._shape, self._adapter = ModelShape.from_config(engine.config), job.spec.model.adapter
         name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
         peak = peak_flops(name)
         self._peak = peak * world.size if peak else None
@@ -35,5 +35,5 @@ class Meter:
     def step(self, stage: ResolvedStage) -> tuple[float, float | None]:
         """(token positions per second, model FLOPs utilisation) of the step that has just ended."""
         speed = stage.tokens_per_batch / (time.perf_counter() - self._since)
-        flops = speed * self._shape.flops_per_token(stage.sequence_length)
+        flops = speed * self._shape.flops_per_token(stage.sequence_length, adapter=self._adapter)
         return speed, flops / self._peak if self._peak else None

@@ -30,6 +30,7 @@ from ernie_dist.export.transformers_folder import export_model
 from ernie_dist.guard import Recent
 from ernie_dist.heartbeat import Heartbeat, Phase
 from ernie_dist.meter import Meter
+from ernie_dist.model.base_weights import base_fingerprint
 from ernie_dist.model.build import build_model
 from ernie_dist.model.loss import answer_log_probabilities, summed_loss
 from ernie_dist.preflight import preflight
@@ -67,7 +68,9 @@ class _Attempt:
         self.stop = StopRequest((files.stop, files.signalled(attempt)), world, saves=saves)
         self.engine = _build_engine(job, world)
         self.fence = partial(refuse_if_lost, files.root, attempt)
-        self.store = CheckpointStore(files.checkpoints, job, world, before_publishing=self.fence)
+        self.store = CheckpointStore(
+            files.checkpoints, job, world, base=_base(job, world), before_publishing=self.fence
+        )
         _refuse_full_disk(files, job, self.engine)
         # The rank's own log is where `ernie logs` looks, also once the terminal is gone.
         sinks = [*build_sinks(job, files, console), ConsoleSink(sys.stdout)] if world.is_main else []
@@ -323,6 +326,7 @@ class _Attempt:
             device=torch.cuda.get_device_name() if on_gpu else "cpu",
             engine=f"{spec.kind} {spec.ds_config}" if spec.kind == "deepspeed" else spec.kind,
             parameters=self.engine.parameters,
+            trainable=self.engine.trainable,
             versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
         )
 
@@ -383,6 +387,14 @@ def _build_engine(job: ResolvedJob, world: World) -> Engine:
     return build_engine(spec.engine, spec.optimizer, freezes, build, summed_loss, world, pretrained=pretrained)
 
 
+def _base(job: ResolvedJob, world: World) -> str | None:
+    """What an adapter is put on, which is in no checkpoint. Collective."""
+    if job.spec.model.adapter is None:
+        return None
+    known = base_fingerprint(job.spec.model, job.tokenizer.vocab_size, job.spec.seed) if world.is_main else None
+    return world.from_main(known)
+
+
 def _lost(files: RunFiles, job: ResolvedJob, progress: Progress) -> dict[str, Any]:
     """What was done after the checkpoint, and is done again."""
     steps = read_metrics(files.metrics)
@@ -398,7 +410,7 @@ def _refuse_full_disk(files: RunFiles, job: ResolvedJob, engine: Engine) -> None
     """A run that cannot write its checkpoints had better not begin. One that has begun goes on until it cannot."""
     if complete_checkpoints(files.checkpoints):
         return
-    size = 16 * engine.parameters  # fp32 weights and masters, two moments
+    size = 16 * engine.trainable  # fp32 weights and masters, two moments
     needed = size * (job.spec.checkpoint.keep_last + 1 + (job.spec.evaluate.best is not None))
     free = shutil.disk_usage(files.root).free
     if free < needed:

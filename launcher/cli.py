@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     at["stop"].add_argument("--wait", action="store_true", help="return when the run has stopped")
     at["export"].add_argument("--to", required=True, metavar="DIR", help="folder to write")
+    at["export"].add_argument("--adapter-only", action="store_true", help="the LoRA adapter alone, for peft")
     which = at["export"].add_mutually_exclusive_group()
     which.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
     which.add_argument("--best", action="store_true", help="the checkpoint with the lowest held-out loss")

@@ -21,6 +21,9 @@ from ernie_dist.spec.shape import ModelShape, config_values
 ASSUMED_MFU = 0.40
 """of the peak, full-attention convention: what good trainers reach; measure your own"""
 
+_NF4 = 0.52
+"""bytes per weight: 4 bits, and a twice quantised scale for every 64 weights (arXiv:2305.14314)"""
+
 Facts = Mapping[str, Mapping[int, PackedLength]]
 """source -> sequence length -> what prepared data holds"""
 
@@ -66,16 +69,19 @@ def estimate_memory(job: JobSpec, stage: StageSpec, shape: ModelShape, ranks: in
     else:
         policy = read_ds_config(job.engine.ds_config)
         zero, offloaded = zero_stage(policy), offloads(policy)
-    parameters, width = shape.parameters, 2 if half else 4
+    adapter, width = job.model.adapter, 2 if half else 4
+    trained = shape.adapter_parameters(adapter) if adapter else shape.parameters
+    frozen = shape.parameters if adapter else 0
+    frozen_width = width if adapter is None or adapter.quantize == "none" else _NF4
     micro = job.batch_plan(stage, ranks).micro_batch_size * stage.sequence_length
     layer = 17 * width * micro * shape.hidden_size
     every = job.engine.gradient_checkpointing
     kept = 1.0 if every == "none" else 0.0 if every == "full" else 1 - 1 / int(every)
     boundary = width * micro * shape.hidden_size
     return Memory(
-        weights=width * parameters / (ranks if zero == 3 else 1),
-        gradients=4 * parameters / (ranks if zero >= 2 else 1),
-        optimizer=0 if offloaded else (12 if half else 8) * parameters / (ranks if zero >= 1 else 1),
+        weights=(width * trained + frozen_width * frozen) / (ranks if zero == 3 else 1),
+        gradients=4 * trained / (ranks if zero >= 2 else 1),
+        optimizer=0 if offloaded else (12 if half else 8) * trained / (ranks if zero >= 1 else 1),
         activations=shape.layers * (kept * layer + (1 - kept) * boundary) + layer,
         logits=(width + 8) * micro * shape.vocab_size,
     )
@@ -90,7 +96,8 @@ def describe(job: JobSpec, cluster: Cluster | None = None, facts: Facts | None =
         f"job        {job.name}, {len(job.curriculum)} stage(s), {ranks} rank(s)"
         + (f" on {cluster.name}" if cluster else "")
     ]
-    lines += [_model_line(job, shape), _engine_line(job), "", *_stage_table(job, ranks, facts)]
+    lines += [_model_line(job, shape), *_adapter_line(job, shape), _engine_line(job)]
+    lines += ["", *_stage_table(job, ranks, facts)]
     if facts:
         lines += ["", *_pass_lines(job, facts)]
     if shape:
@@ -113,6 +120,20 @@ def _model_line(job: JobSpec, shape: ModelShape | None) -> str:
         return f"model      {origin}, {shape.layers} layers x {shape.hidden_size} (vocabulary as the tokenizer's)"
     active = f", {shape.active_parameters:,} active per token" if shape.experts else ""
     return f"model      {origin}, {shape.parameters:,} parameters{active}"
+
+
+def _adapter_line(job: JobSpec, shape: ModelShape | None) -> list[str]:
+    adapter = job.model.adapter
+    if adapter is None:
+        return []
+    kind = ("rsLoRA" if adapter.rslora else "LoRA") + (" with DoRA" if adapter.dora else "")
+    base = ", base in 4 bits" if adapter.quantize != "none" else ""
+    line = f"adapter    {kind}, rank {adapter.rank}, alpha {adapter.scale:g}, on {' '.join(adapter.modules)}{base}"
+    if shape is None:
+        return [line]
+    trained = shape.adapter_parameters(adapter)
+    share = f", {trained / (shape.parameters + trained):.2%} of all" if shape.vocab_size else ""
+    return [line, f"           {trained:,} trainable parameters{share}"]
 
 
 def _engine_line(job: JobSpec) -> str:
@@ -187,7 +208,8 @@ def _time_lines(job: JobSpec, shape: ModelShape, cluster: Cluster, facts: Facts 
         if batches is None:
             lines.append(f"  {stage.name}: known after `ernie prepare`")
             continue
-        speed = ASSUMED_MFU * cluster.count * cluster.device.peak_flops / shape.flops_per_token(stage.sequence_length)
+        flops = shape.flops_per_token(stage.sequence_length, adapter=job.model.adapter)
+        speed = ASSUMED_MFU * cluster.count * cluster.device.peak_flops / flops
         total += batches * per_batch / speed
         lines.append(f"  {stage.name}: {duration(batches * per_batch / speed)} at {speed:,.0f} tokens/s")
     known = not any("known after" in line for line in lines)

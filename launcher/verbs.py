@@ -132,7 +132,8 @@ def export(options: Namespace) -> None:
     reason = verify(chosen[0])
     if reason:
         raise RunDirError(f"{chosen[0]}: cannot be trusted: {reason}; choose another with --step")
-    print(export_model(run_dir.job(), chosen[0], Path(options.to).resolve()))
+    job, to = run_dir.job(), Path(options.to).resolve()
+    print(export_model(job, chosen[0], to, adapter_only=options.adapter_only))
 
 
 def schema(options: Namespace) -> None:

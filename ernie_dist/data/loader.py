@@ -10,17 +10,19 @@ import queue
 import threading
 from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ernie_dist.batch import IGNORED, Batch, MicroBatch, Row, empty_micro_batch, stack
+from ernie_dist.batch import IGNORED, Batch, Chance, MicroBatch, Row, empty_micro_batch, stack
 from ernie_dist.data.curriculum import Curriculum, deal
 from ernie_dist.data.packing import Packs, ranges
 from ernie_dist.data.render import REJECTED
 from ernie_dist.data.shard import PreparedSource
-from ernie_dist.spec.resolve import ResolvedJob
+from ernie_dist.data.shuffle import mix
+from ernie_dist.spec.resolve import ResolvedJob, ResolvedStage
 from ernie_dist.world import World
 
 _LOWEST_MASK = {"all": 0, "answers": 1, "last_answer": 2}
@@ -99,8 +101,20 @@ class BatchLoader:
                 for slot, row in zip(where[part].tolist(), reader.rows(sequences[part]), strict=True):
                     rows[slot] = row
         size = min(stage.micro_batch_size, len(rows))
-        micro_batches = tuple(stack(rows[first : first + size]) for first in range(0, len(rows), size))
+        micro_batches = tuple(
+            replace(stack(rows[first : first + size]), chance=self._chance(batch_index, stage, first, size))
+            for first in range(0, len(rows), size)
+        )
         return Batch(batch_index, stage.name, micro_batches, ids, stage.tokens_per_batch)
+
+    def _chance(self, batch_index: int, stage: ResolvedStage, first: int, size: int) -> Chance | None:
+        """Of `size` rows of this rank from `first` on: seeds by place in the whole world's batch."""
+        job = self.curriculum.job.spec
+        if not stage.neftune_alpha and not (job.model.adapter and job.model.adapter.dropout):
+            return None
+        first += self._world.rank * stage.sequences_per_batch // self._world.size
+        seeds = tuple(mix(job.seed, batch_index, place) for place in range(first, first + size))
+        return Chance(seeds, stage.neftune_alpha)
 
     def _reader(self, name: str, sequence_length: int, loss: str, number: int) -> SequenceReader:
         key = (name, sequence_length, loss, number)

@@ -85,6 +85,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def trainable(self) -> int:
+        """Those of them that are trained in some stage: all, or an adapter's."""
+        ...
+
+    @property
     def precision(self) -> str:
         """bf16, fp16 or fp32: what "auto" came to on this device."""
         ...
@@ -135,6 +140,7 @@ class Engine(Protocol):
     def snapshot(self) -> dict[str, Any]:
         """All that `load` needs, by file name, as torch.save takes it: a copy in host memory. Collective.
 
+        Weights that are never trained are not in it: `load` finds them where the model was built from.
         Training may go on while it is written; the next snapshot uses the same memory again.
         """
         ...

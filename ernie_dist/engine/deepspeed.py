@@ -34,7 +34,7 @@ from ernie_dist.batch import Batch, MicroBatch
 from ernie_dist.engine.base import ForwardClock, Measure, Measured, StepResult, always, never
 from ernie_dist.engine.optimizer import ParameterGroups, adamw
 from ernie_dist.engine.replicas import digest
-from ernie_dist.engine.snapshot import HostCopy
+from ernie_dist.engine.snapshot import HostCopy, never_trained
 from ernie_dist.engine.universal import convert_files, read_step
 from ernie_dist.spec.ds_config import offloads, read_ds_config, zero_stage
 from ernie_dist.spec.errors import CheckpointError
@@ -62,9 +62,11 @@ class _WithLoss(nn.Module):
 class _Files(CheckpointEngine):
     """What DeepSpeed would write is kept as a copy in host memory; what it reads may hold data, and no code."""
 
-    def __init__(self) -> None:
+    def __init__(self, left_out: frozenset[str]) -> None:
+        """`left_out`: weights that are not kept. DeepSpeed leaves out frozen ones as well, but of tied ones one name."""
         super().__init__()
         self.kept: dict[str, Any] = {}
+        self._left_out = left_out
         self._copies: dict[str, HostCopy] = {}
 
     def create(self, info: CheckpointCommitInfo) -> None: ...
@@ -73,6 +75,9 @@ class _Files(CheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         name = PurePath(path).as_posix()
+        if weights := state_dict.get("module"):
+            kept = {name: tensor for name, tensor in weights.items() if name not in self._left_out}
+            state_dict = {**state_dict, "module": kept}
         self.kept[name] = self._copies.setdefault(name, HostCopy())(state_dict)
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -107,7 +112,9 @@ class DeepSpeedEngine:
         model = build()
         del partitioning
         # Under ZeRO-3 a partitioned parameter has no elements of its own; ds_numel remembers them.
-        self.parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+        sizes = [(getattr(one, "ds_numel", one.numel()), one.requires_grad) for one in model.parameters()]
+        self.parameters = sum(size for size, _ in sizes)
+        self.trainable = sum(size for size, trained in sizes if trained)
         self.config = model.config.to_dict()
         self._groups = ParameterGroups(model, freezes)
         groups = self._groups(optimizer)
@@ -118,7 +125,7 @@ class DeepSpeedEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=_WithLoss(model, loss), config=config, **own)
         self._accepted: Callable[[], bool] = lambda: True
         self._guard_updates()
-        self._files = self._engine.checkpoint_engine = _Files()
+        self._files = self._engine.checkpoint_engine = _Files(never_trained(self._engine.module))
         self._engine._copy_recovery_script = lambda folder: None  # `ernie export` reads our checkpoints
 
     def step(
@@ -188,11 +195,12 @@ class DeepSpeedEngine:
 
     def snapshot(self) -> dict[str, Any]:
         self._files.kept.clear()
-        self._engine.save_checkpoint(".", tag=_TAG, save_latest=False)
+        self._engine.save_checkpoint(".", tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
         return dict(self._files.kept)
 
     def load(self, folder: Path) -> None:
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        whole = self.trainable == self.parameters
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=whole)
         if loaded is None:  # only a warning to DeepSpeed, which would go on from random weights
             raise CheckpointError(f"{folder}: DeepSpeed could not read this checkpoint; see the rank logs")
 

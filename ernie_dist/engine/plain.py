@@ -15,7 +15,7 @@ from ernie_dist.batch import Batch, MicroBatch
 from ernie_dist.engine.base import ForwardClock, Measure, Measured, StepResult, always, never
 from ernie_dist.engine.optimizer import ParameterGroups, adamw
 from ernie_dist.engine.replicas import digest
-from ernie_dist.engine.snapshot import HostCopy
+from ernie_dist.engine.snapshot import HostCopy, never_trained
 from ernie_dist.spec.errors import CheckpointError, SpecError
 from ernie_dist.spec.training import EngineSpec, OptimizerSpec
 from ernie_dist.trusted_files import read_state
@@ -47,7 +47,8 @@ class PlainEngine:
         self._device, self.precision, self._loss = world.device, precision, loss
         self._max_grad_norm = spec.max_grad_norm
         self.model = build().to(self._device)
-        self.parameters, self.config = self.model.num_parameters(), self.model.config.to_dict()
+        self.config = self.model.config.to_dict()
+        self.parameters, self.trainable = self.model.num_parameters(), self.model.num_parameters(only_trainable=True)
         self._groups = ParameterGroups(self.model, freezes)
         self._optimizer = adamw(self._groups(optimizer), optimizer)
         self._copy = HostCopy()
@@ -102,11 +103,13 @@ class PlainEngine:
         return digest(self.model.parameters())
 
     def snapshot(self) -> dict[str, Any]:
-        return self._copy({_STATE: {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}})
+        return self._copy({_STATE: {"model": self._weights(), "optimizer": self._optimizer.state_dict()}})
 
     def load(self, folder: Path) -> None:
         state = read_state(folder / _STATE, self._device)
-        self.model.load_state_dict(state["model"])
+        if state["model"].keys() != self._weights().keys():
+            raise CheckpointError(f"{folder}: holds the weights of another model")
+        self.model.load_state_dict(state["model"], strict=False)
         self._optimizer.load_state_dict(state["optimizer"])
 
     def load_converted(self, folder: Path) -> None:
@@ -114,6 +117,11 @@ class PlainEngine:
 
     def close(self) -> None:
         del self.model, self._optimizer
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """What training may change: all of it, or an adapter."""
+        frozen = never_trained(self.model)
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen}
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.precision == "bf16":

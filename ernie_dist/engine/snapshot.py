@@ -6,8 +6,15 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def never_trained(module: nn.Module) -> frozenset[str]:
+    """Names of the parameters that no stage changes; a tied one under each of its names."""
+    named = module.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, parameter in named if not parameter.requires_grad)
 
 
 class HostCopy:

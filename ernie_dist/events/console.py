@@ -227,7 +227,7 @@ class ConsoleSink:
         device = "CPU" if event.device == "cpu" else event.device
         ranks = f"{event.world_size} {device} {'rank' if event.world_size == 1 else 'ranks'}"
         lines = [
-            f"attempt {event.attempt} on {ranks}, {event.engine}: {human_count(event.parameters)} parameters, "
+            f"attempt {event.attempt} on {ranks}, {event.engine}: {_parameters(event)}, "
             f"{event.total_batches} steps, {event.total_tokens:,} tokens"
         ]
         if event.device == "cpu":
@@ -241,6 +241,13 @@ class ConsoleSink:
             return os.get_terminal_size(self._stream.fileno()).columns or 80
         except (OSError, ValueError, AttributeError):  # no terminal behind it
             return int(os.environ.get("COLUMNS") or 80)
+
+
+def _parameters(event: AttemptStarted) -> str:
+    text = f"{human_count(event.parameters)} parameters"
+    if event.trainable in (None, event.parameters):
+        return text
+    return f"{text}, {human_count(event.trainable)} of them ({event.trainable / event.parameters:.2%}) trained"
 
 
 def _nodes(event: Preflight) -> list[str]:

@@ -36,6 +36,8 @@ class AttemptStarted(Event):
     engine: str
     parameters: int
     versions: dict[str, str]
+    trainable: int | None = None
+    """of the parameters; fewer than all with an adapter"""
 
 
 @dataclass(frozen=True)

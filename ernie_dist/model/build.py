@@ -22,6 +22,7 @@ def build_model(
 ) -> PreTrainedModel:
     """A model in fp32, the same weights on every rank. `checkpointing`: none, full, or n for every n-th layer.
 
+    With an adapter only that one requires gradients.
     Raises SpecError where the weights cannot be found or the config does not fit transformers.
     """
     torch.manual_seed(seed)
@@ -45,6 +46,10 @@ def build_model(
         raise SpecError(
             f"model has {rows:,} embedding rows, the tokenizer {vocab_size:,} tokens; they do not belong together"
         )
+    if spec.adapter is not None:
+        from ernie_dist.model.adapters import add_adapter  # peft takes seconds to import
+
+        add_adapter(model, spec.adapter, seed)
     _checkpoint_layers(model, checkpointing)
     return model
 

@@ -51,8 +51,10 @@ def _losses(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """-log p(label) of every labelled position, fp32 [N], in nats."""
     rows, length = batch.tokens_BT.shape
     dtype = next(model.parameters()).dtype
+    if batch.chance:
+        torch.manual_seed(batch.chance.seeds[0])  # dropout draws from it
     hidden_BTD = model.model(
-        input_ids=batch.tokens_BT,
+        **_inputs(model, batch),
         position_ids=batch.positions_BT,
         use_cache=False,
         documents=documents_of(batch.document_ends, batch.longest, rows, length, dtype),
@@ -60,6 +62,23 @@ def _losses(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     labelled = batch.labels_BT != IGNORED
     logits_NV = model.lm_head(hidden_BTD[labelled])
     return _CrossEntropy.apply(logits_NV.float(), batch.labels_BT[labelled])
+
+
+def _inputs(model: nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
+    """Tokens; or with NEFTune (Jain et al. 2023, arXiv:2310.05914) their embeddings, with uniform noise of at most
+    alpha / sqrt(L D), L the length of the document a position is in, D the width of the model."""
+    if batch.chance is None or not batch.chance.neftune_alpha:
+        return {"input_ids": batch.tokens_BT}
+    embedded_BTD = model.get_input_embeddings()(batch.tokens_BT)
+    rows, length, width = embedded_BTD.shape
+    device = embedded_BTD.device
+    noise_BTD = torch.empty(rows, length, width, device=device)
+    for noise_TD, seed in zip(noise_BTD, batch.chance.seeds, strict=True):
+        noise_TD.uniform_(-1, 1, generator=torch.Generator(device).manual_seed(seed))
+    lengths = batch.document_ends.diff()
+    lengths_BT = lengths.repeat_interleave(lengths, output_size=rows * length).view(rows, length)
+    noise_BTD *= batch.chance.neftune_alpha / (lengths_BT * width).sqrt()[..., None]
+    return {"inputs_embeds": embedded_BTD + noise_BTD.to(embedded_BTD.dtype)}
 
 
 class _CrossEntropy(torch.autograd.Function):

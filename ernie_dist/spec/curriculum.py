@@ -173,6 +173,9 @@ class StageSpec(Strict):
         "answers", description="positions of a conversation that count; in plain text all do"
     )
     dpo: DpoSpec | None = Field(None, description="learn from pairs of answers; {} for the usual beta")
+    neftune_alpha: float = Field(
+        0.0, ge=0, description="noise on the embeddings in training (NEFTune, arXiv:2310.05914); 0: none, usual is 5"
+    )
 
     @field_validator("mixture")
     @classmethod

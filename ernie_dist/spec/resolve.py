@@ -70,6 +70,7 @@ class ResolvedStage(Strict):
     loss: Literal["answers", "last_answer", "all"]
     dpo: DpoSpec | None
     freeze: tuple[str, ...]
+    neftune_alpha: float = 0.0
     schedule: ScheduleSpec
     schedule_first_token: int
     schedule_tokens: int
@@ -288,6 +289,7 @@ def _resolve_stage(
         loss=stage.loss,
         dpo=stage.dpo,
         freeze=stage.freeze,
+        neftune_alpha=stage.neftune_alpha,
         schedule=schedule,
         schedule_first_token=0,
         schedule_tokens=0,

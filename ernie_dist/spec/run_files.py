@@ -24,6 +24,8 @@ from typing import Any
 
 COMPLETE, PROGRESS = "COMPLETE", "progress.json"
 """files of a checkpoint that are read without opening the rest of it"""
+EXPORTED = "ernie_dist.json"
+"""says where an export comes from; only a folder that has it is ever replaced"""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ernie_dist.spec.errors import SpecError
 from ernie_dist.spec.problems import suggest
-from ernie_dist.spec.training import ModelSpec
+from ernie_dist.spec.training import AdapterSpec, ModelSpec
 
 PRESETS: dict[str, dict[str, Any]] = {
     "ernie-4.5-tiny": {
@@ -74,6 +74,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """transformers config values. Sizes as published with the ERNIE 4.5 models; `tiny` is ours, for tests."""
 
+_MLP = ("gate_proj", "up_proj", "down_proj")
 _PUBLISHED = {"0.3B": "ernie-4.5-0.3b", "21B-A3B": "ernie-4.5-21b-a3b", "300B-A47B": "ernie-4.5-300b-a47b"}
 
 
@@ -132,14 +133,41 @@ class ModelShape:
         router = self.moe_layers * self.experts * self.hidden_size
         return self.vocab_size * self.hidden_size + router + self._matrices(self.active_experts)
 
-    def flops_per_token(self, sequence_length: int, *, causal: bool = False) -> float:
-        """FLOPs of forward and backward for one token: 6 per active weight, and attention.
+    def adapter_parameters(self, adapter: AdapterSpec) -> int:
+        """Weights of a LoRA adapter on every layer: rank x (inputs + outputs) per target, and DoRA's magnitudes."""
+        dense = self._linears(self.mlp_width)
+        shared = self._linears(self.shared_experts * self.expert_width)
+        total = 0
+        for name in adapter.modules:
+            for (inputs, outputs), layers in (
+                (dense[name], self.layers - (self.moe_layers if name in _MLP else 0)),
+                (shared[name], self.moe_layers if name in _MLP and self.shared_experts else 0),
+            ):
+                total += layers * (adapter.rank * (inputs + outputs) + (outputs if adapter.dora else 0))
+        return total
+
+    def flops_per_token(
+        self, sequence_length: int, *, causal: bool = False, adapter: AdapterSpec | None = None
+    ) -> float:
+        """FLOPs of forward and backward for one token: 6 per active weight, and attention; 4 per frozen weight.
 
         Full-attention convention: 12 L d_attn T (Chowdhery et al. 2022, arXiv:2204.02311, appendix B); causal counts
         half of it.
         """
         attention = 12 * self.layers * self.attention_width * sequence_length
-        return 6.0 * self.active_parameters + attention * (0.5 if causal else 1.0)
+        weights = 6.0 * self.active_parameters
+        if adapter:
+            weights = 4.0 * self.active_parameters + 6.0 * self.adapter_parameters(adapter)
+        return weights + attention * (0.5 if causal else 1.0)
+
+    def _linears(self, mlp_width: int) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of each linear layer of a block."""
+        hidden, attention, key_value = self.hidden_size, self.attention_width, self.key_value_width
+        widen, narrow = (hidden, mlp_width), (mlp_width, hidden)
+        return {
+            **{"q_proj": (hidden, attention), "k_proj": (hidden, key_value), "v_proj": (hidden, key_value)},
+            **{"o_proj": (attention, hidden), "gate_proj": widen, "up_proj": widen, "down_proj": narrow},
+        }
 
     def _matrices(self, experts: int) -> int:
         attention = self.hidden_size * (2 * self.attention_width + 2 * self.key_value_width)

@@ -3,12 +3,45 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from ernie_dist.spec.quantity import Count, Interval, Quantity, Span, Unit
 from ernie_dist.spec.strict import Strict
+
+
+Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LINEARS: tuple[Linear, ...] = get_args(Linear)
+"""every linear layer of a block; the router of experts, and experts that are one tensor, are none"""
+
+
+class AdapterSpec(Strict):
+    """LoRA (Hu et al. 2021, arXiv:2106.09685): the weights stay, and products of two thin matrices are added to them.
+
+    Defaults as in ERNIEKit, targets as in the LoRA paper.
+    """
+
+    rank: int = Field(32, ge=1, le=4096, description="inner dimension of the thin matrices")
+    alpha: float | None = Field(None, gt=0, description="scale; 2 x rank, and 4 with rslora, if not given")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs that is dropped in training")
+    targets: Literal["all-linear"] | Annotated[tuple[Linear, ...], Field(min_length=1)] = Field(
+        ("q_proj", "v_proj"), description="which layers get an adapter: all-linear, or a list of names"
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (arXiv:2312.03732) instead of alpha / rank")
+    dora: bool = Field(False, description="learn the magnitude of each output apart (arXiv:2402.09353)")
+    quantize: Literal["none", "nf4"] = Field(
+        "none", description="nf4: the frozen weights in 4 bits (arXiv:2305.14314); needs bitsandbytes and a GPU"
+    )
+
+    @property
+    def modules(self) -> tuple[Linear, ...]:
+        return LINEARS if self.targets == "all-linear" else tuple(dict.fromkeys(self.targets))
+
+    @property
+    def scale(self) -> float:
+        """What `alpha` comes to: LoraConfig's lora_alpha."""
+        return self.alpha or (4.0 if self.rslora else 2.0 * self.rank)
 
 
 class ModelSpec(Strict):
@@ -19,6 +52,7 @@ class ModelSpec(Strict):
     preset: str | None = Field(None, description="a named shape, initialised at random: ernie-4.5-0.3b")
     config: str | None = Field(None, description="a transformers config.json, initialised at random")
     override: dict[str, Any] = Field({}, description="config values to change, e.g. {num_hidden_layers: 4}")
+    adapter: AdapterSpec | None = Field(None, description="train a LoRA adapter, and leave the weights as they are")
 
     @field_validator("from_pretrained", "config")
     @classmethod
@@ -34,7 +68,14 @@ class ModelSpec(Strict):
             )
         if self.from_pretrained and self.override:
             raise ValueError("override changes the shape, which pretrained weights do not allow; use preset or config")
+        if self.adapter and self.adapter.quantize != "none" and not self.from_pretrained:
+            raise ValueError("adapter.quantize is for pretrained weights: use from_pretrained, or leave it out")
         return self
+
+    @property
+    def base(self) -> ModelSpec:
+        """The model without its adapter."""
+        return self.model_copy(update={"adapter": None})
 
 
 class TrainTokenizerSpec(Strict):

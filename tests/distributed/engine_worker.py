@@ -1,10 +1,12 @@
 """Run under torchrun: trains a few steps with one engine after another on the same batches, and prints what came out.
 
-arguments: JSON with `cases` (EngineSpec fields plus `micro`) and `steps`
+arguments: JSON with `cases` (EngineSpec fields plus `micro`, `adapter` (AdapterSpec fields) and `base`, a folder with
+weights), `scratch` and `steps`
 """
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +20,7 @@ from ernie_dist.engine.base import Engine
 from ernie_dist.engine.select import build_engine, convert, read_weights
 from ernie_dist.model.build import build_model
 from ernie_dist.model.loss import summed_loss
-from ernie_dist.spec.training import EngineSpec, ModelSpec, OptimizerSpec
+from ernie_dist.spec.training import AdapterSpec, EngineSpec, ModelSpec, OptimizerSpec
 from ernie_dist.trusted_files import write_state
 from ernie_dist.world import World
 
@@ -27,6 +29,8 @@ MODEL = ModelSpec(
     preset="ernie-4.5-tiny", override={"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": VOCABULARY}
 )
 FREEZE = ("model.embed_tokens.*", "model.layers.0.*")
+OF_ADAPTER = ("model.layers.0.*",)
+NOT_OURS = ("micro", "adapter", "base")
 
 
 def row(generator: np.random.Generator, labelled: float):
@@ -48,18 +52,21 @@ def batch(step: int, world: World, micro: int) -> Batch:
 
 
 def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
-    spec = EngineSpec(**{key: value for key, value in case.items() if key != "micro"})
-    build = partial(build_model, MODEL, VOCABULARY, 17, spec.gradient_checkpointing)
+    spec = EngineSpec(**{key: value for key, value in case.items() if key not in NOT_OURS})
+    model = ModelSpec(from_pretrained=case["base"]) if "base" in case else MODEL
+    if "adapter" in case:
+        model = model.model_copy(update={"adapter": AdapterSpec(**case["adapter"])})
+    build = partial(build_model, model, VOCABULARY, 17, spec.gradient_checkpointing)
+    freeze, pretrained = OF_ADAPTER if model.adapter else FREEZE, "base" in case
+    make = partial(build_engine, spec, OptimizerSpec(), [freeze], build, world=world, pretrained=pretrained)
     poison = [1.0]
-    engine = build_engine(
-        spec, OptimizerSpec(), [FREEZE], build, lambda model, rows: summed_loss(model, rows) * poison[0], world
-    )
+    engine = make(lambda model, rows: summed_loss(model, rows) * poison[0])
     micro, results = case["micro"], []
     for step in range(steps):
-        engine.freeze(FREEZE if step == 1 else ())
+        engine.freeze(freeze if step == 1 else ())
         results.append(engine.step(batch(step, world, micro), 1e-2))
         if step == steps // 2 - 1:
-            folder = world.from_main(scratch / f"{json.dumps(case)}".replace("/", "_").replace('"', ""))
+            folder = world.from_main(scratch / re.sub(r"[^\w,]", "", json.dumps(case)))
             folder.mkdir(parents=True, exist_ok=True)
             world.barrier()
             for name, state in engine.snapshot().items():
@@ -83,7 +90,7 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
     engine.close()
 
     def replay_from(load: Callable[[Engine], None]) -> list[float]:
-        again = build_engine(spec, OptimizerSpec(), [FREEZE], build, summed_loss, world)
+        again = make(summed_loss)
         load(again)
         again.freeze(())
         losses = [again.step(batch(step, world, micro), 1e-2).loss for step in range(steps // 2, steps)]
@@ -92,7 +99,7 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
 
     replay = replay_from(lambda engine: engine.load(folder))
     converted = replay
-    if spec.precision == "bf16" and spec.kind == "deepspeed":
+    if spec.kind == "deepspeed" and (spec.precision == "bf16" or model.adapter and spec.ds_config != "zero0"):
         to = folder.with_name(f"{folder.name} converted")
         if world.is_main:
             convert("deepspeed", folder, to)
@@ -106,6 +113,8 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
         "applied": all(result.applied for result in results),
         "replay": replay,
         "converted": converted,
+        "trainable": [engine.trainable, engine.parameters],
+        "bytes": sum(path.stat().st_size for path in folder.rglob("*.pt")) if world.is_main else 0,
         "training": training,
         "refusals_applied": overflow.applied or refused.applied,
         "judged_by": seen == [(refused.loss, refused.grad_norm)],
