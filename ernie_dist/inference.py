@@ -81,6 +81,10 @@ class Answer:
     """by a stop token; False: cut off at max_new_tokens"""
 
 
+class PromptTooLong(DataError):
+    """Prompt and answer do not fit the model's context."""
+
+
 class ChatModel:
     """A causal language model with its tokenizer, in evaluation mode. Threads that ask it wait for one another."""
 
@@ -103,7 +107,7 @@ class ChatModel:
         """Token ids up to where the answer begins, with at least `max_new_tokens` positions left for it.
 
         Raises DataError for roles in the wrong order, for a control token written out in a message, which the template
-        would take for its own, and where prompt and answer do not fit the context.
+        would take for its own; PromptTooLong where prompt and answer do not fit the context.
         """
         if not self.tokenizer.chat_template:
             raise DataError(
@@ -115,7 +119,7 @@ class ChatModel:
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) + max_new_tokens > self.context:
-            raise DataError(
+            raise PromptTooLong(
                 f"the prompt has {len(ids):,} tokens, and with {max_new_tokens:,} for the answer that is more than the "
                 f"{self.context:,} positions of {self.name}; shorten the conversation"
             )

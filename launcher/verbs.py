@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import glob
 import json
+import signal
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from ernie_dist.spec.assets import find_asset
 from ernie_dist.spec.errors import RunDirError
@@ -127,6 +129,31 @@ def export(options: Namespace) -> None:
     if reason:
         raise RunDirError(f"{chosen[0]}: cannot be trusted: {reason}; choose another with --step")
     print(export_model(run_dir.job(), chosen[0], Path(options.to).resolve()))
+
+
+def chat(options: Namespace) -> None:
+    from ernie_dist.serve.console import chat as talk
+
+    sampling = _sampling(options, seed=options.seed)
+    talk(_model(options), sampling, options.system)
+
+
+def _sampling(options: Namespace, **more: Any) -> Any:
+    from ernie_dist.inference import Sampling
+
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
+    return Sampling(**{name: getattr(options, name) for name in names}, **more)
+
+
+def _model(options: Namespace) -> Any:
+    from transformers.utils.logging import disable_progress_bar
+
+    from ernie_dist.inference import load
+
+    disable_progress_bar()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # nothing here goes on later, as a run does
+        signal.signal(number, signal.SIG_DFL)
+    return load(options.model, adapter=options.adapter, device=options.device, dtype=options.dtype)
 
 
 def schema(options: Namespace) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_dist.data.documents import BadRow, document_maker
-from ernie_dist.inference import ChatModel, Message
+from ernie_dist.inference import ChatModel, Message, PromptTooLong
 from ernie_dist.spec.curriculum import SourceSpec
 from ernie_dist.spec.errors import DataError
 
@@ -29,8 +29,11 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, *self.turns]
+        return [*self._system_turn, *self.turns]
+
+    @property
+    def _system_turn(self) -> list[Message]:
+        return [{"role": "system", "content": self.system}] if self.system else []
 
     def ask(self, question: str) -> None:
         self.turns.append({"role": "user", "content": question})
@@ -43,21 +46,23 @@ class Conversation:
             self.turns.pop()
 
     def make_room(self, model: ChatModel, room: int) -> int:
-        """Drops the oldest exchanges until the last question fits with `room` tokens for its answer; how many.
+        """Drops the oldest exchanges until the last question fits with `room` tokens for its answer; returns how many.
 
-        `room` is cut to half the context. Raises DataError if the last question alone does not fit, or cannot be asked.
+        `room` counts up to half the context. Raises DataError, and drops nothing, if the last question cannot be asked
+        or does not fit alone.
         """
         room = min(room, model.context // 2)
-        dropped = 0
-        while True:
+        for first in range(0, len(self.turns), 2):
+            alone = first == len(self.turns) - 1
             try:
-                model.prompt(self.messages, room)
-                return dropped
-            except DataError:
-                if len(self.turns) < 3:
+                model.prompt([*self._system_turn, *self.turns[first:]], 1 if alone else room)
+            except PromptTooLong:
+                if alone:
                     raise
-            del self.turns[:2]
-            dropped += 1
+            else:
+                del self.turns[:first]
+                return first // 2
+        raise AssertionError("a user must be last")
 
 
 def training_row(messages: Sequence[Message], *, last_only: bool = False) -> dict[str, Any]:
