@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from ernie_dist.spec.errors import DataError, ErnieError, SpecError
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": ...}"""
+Stream = Generator[str, None, "Answer"]
 
 
 @dataclass(frozen=True)
@@ -148,13 +149,13 @@ class ChatModel:
             progress(len(batch))
         return found
 
-    def stream(self, messages: Sequence[Message], sampling: Sampling = Sampling()) -> Iterator[str]:
-        """The answer in pieces of text, as it comes; joined, what `answers` gives. Leaving the iterator ends the
-        generation. Raises what `prompt` raises, before the first piece.
+    def stream(self, messages: Sequence[Message], sampling: Sampling = Sampling()) -> Stream:
+        """The answer in pieces of text, as it comes; joined, what `answers` gives, and that is what it returns at its
+        end. Leaving it ends the generation. Raises what `prompt` raises, before the first piece.
         """
         return self._stream(torch.tensor([self.prompt(messages)]), sampling)
 
-    def _stream(self, ids: torch.Tensor, sampling: Sampling) -> Iterator[str]:
+    def _stream(self, ids: torch.Tensor, sampling: Sampling) -> Stream:
         tokens = _Tokens()
         left = threading.Event()
         failed: list[BaseException] = []
@@ -169,7 +170,8 @@ class ChatModel:
 
         thread = threading.Thread(target=work, name="generate", daemon=True)
         thread.start()
-        said, so_far = "", []
+        said = ""
+        so_far: list[int] = []
         try:
             for token in tokens:
                 so_far.append(token)
@@ -182,6 +184,7 @@ class ChatModel:
             thread.join()
         if failed:
             raise failed[0]
+        return self._answer(so_far)
 
     def _generate(
         self,

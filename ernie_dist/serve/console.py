@@ -35,6 +35,8 @@ class Console:
     ) -> None:
         self._model, self._sampling, self._read, self._shows = model, sampling, read, shows
         self._conversation = Conversation(system)
+        self._answers = 0
+        """given so far: by chance each comes out differently"""
         self._commands: dict[str, Callable[[str], str]] = {
             "/reset": self._reset,
             "/system": self._system,
@@ -70,23 +72,22 @@ class Console:
             raise DataError("that line is not UTF-8; set the terminal to UTF-8") from None
         conversation = self._conversation
         conversation.ask(question)
+        messages, left_out = conversation.fitting(self._model, self._sampling.max_new_tokens)
+        if left_out:
+            self._say(f"the context is full: the oldest {left_out} questions and their answers are left out")
+        said, why = "", "the model ended it at once"
+        self._answers += 1
+        sampling = replace(self._sampling, seed=self._sampling.seed + self._answers)
         try:
-            dropped = conversation.make_room(self._model, self._sampling.max_new_tokens)
-        except DataError:
-            conversation.turns.pop()
-            raise
-        if dropped:
-            self._say(f"the context is full: the oldest {dropped} of your questions and their answers are left out")
-        answer, why = "", "the model ended it at once"
-        try:
-            for piece in self._model.stream(conversation.messages, self._sampling):
-                answer += piece
+            for piece in self._model.stream(messages, sampling):
+                conversation.hear(piece)
+                said += piece
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             why = "it was stopped"
             print(" ...", end="")
-        print("" if answer else f"(no answer: {why})", flush=True)
-        conversation.answer(answer)
+        print("" if said else f"(no answer: {why})", flush=True)
+        conversation.settle()
 
     def _obey(self, line: str) -> str:
         name, _, given = line.partition(" ")

@@ -29,40 +29,46 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        return [*self._system_turn, *self.turns]
+        return [*self._first, *self.turns]
 
     @property
-    def _system_turn(self) -> list[Message]:
+    def _first(self) -> list[Message]:
         return [{"role": "system", "content": self.system}] if self.system else []
 
     def ask(self, question: str) -> None:
+        self.settle()
         self.turns.append({"role": "user", "content": question})
 
-    def answer(self, text: str) -> None:
-        """Ends a turn. An empty answer takes its question with it: it could be neither continued nor trained on."""
-        if text.strip():
-            self.turns.append({"role": "assistant", "content": text})
-        else:
+    def hear(self, piece: str) -> None:
+        """Adds to the answer of the last question."""
+        if self.turns[-1]["role"] == "user":
+            self.turns.append({"role": "assistant", "content": ""})
+        self.turns[-1]["content"] += piece
+
+    def settle(self) -> None:
+        """Takes back a question without an answer: it could be neither continued nor trained on."""
+        if self.turns and self.turns[-1]["role"] == "user":
             self.turns.pop()
 
-    def make_room(self, model: ChatModel, room: int) -> int:
-        """Drops the oldest exchanges until the last question fits with `room` tokens for its answer; returns how many.
+    def fitting(self, model: ChatModel, room: int) -> tuple[list[Message], int]:
+        """The messages without the oldest exchanges, so that `room` tokens are left for the answer; how many are left out.
 
-        `room` counts up to half the context. Raises DataError, and drops nothing, if the last question cannot be asked
+        `room` counts up to half the context. Takes the last question back and raises DataError if it cannot be asked,
         or does not fit alone.
         """
         room = min(room, model.context // 2)
         for first in range(0, len(self.turns), 2):
+            messages = [*self._first, *self.turns[first:]]
             alone = first == len(self.turns) - 1
             try:
-                model.prompt([*self._system_turn, *self.turns[first:]], 1 if alone else room)
-            except PromptTooLong:
-                if alone:
-                    raise
-            else:
-                del self.turns[:first]
-                return first // 2
-        raise AssertionError("a user must be last")
+                model.prompt(messages, 1 if alone else room)
+            except DataError as error:
+                if isinstance(error, PromptTooLong) and not alone:
+                    continue
+                self.settle()
+                raise
+            return messages, first // 2
+        raise AssertionError("a question comes first")
 
 
 def training_row(messages: Sequence[Message], *, last_only: bool = False) -> dict[str, Any]:
@@ -71,10 +77,9 @@ def training_row(messages: Sequence[Message], *, last_only: bool = False) -> dic
     Raises DataError if it could not be trained on.
     """
     row: dict[str, Any] = {"messages": [dict(message) for message in messages]}
-    if last_only:
-        for message in row["messages"][:-1]:
-            if message["role"] == "assistant":
-                message["weight"] = 0
+    for message in row["messages"][:-1] if last_only else ():
+        if message["role"] == "assistant":
+            message["weight"] = 0
     try:
         _READ(row)
     except BadRow as error:
