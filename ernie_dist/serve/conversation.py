@@ -35,6 +35,10 @@ class Conversation:
     def _first(self) -> list[Message]:
         return [{"role": "system", "content": self.system}] if self.system else []
 
+    def until(self, turn: int) -> list[Message]:
+        """The messages up to turn number `turn`, which is the last of them."""
+        return [*self._first, *self.turns[: turn + 1]]
+
     def ask(self, question: str) -> None:
         self.settle()
         self.turns.append({"role": "user", "content": question})
