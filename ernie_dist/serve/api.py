@@ -71,7 +71,7 @@ class _Request(BaseModel):
         extra = {name: value for name, value in (self.model_extra or {}).items() if name not in said}
         unknown = [name for name, value in extra.items() if value and not (name == "n" and value == 1)]
         if unknown:
-            raise DataError(f"{', '.join(unknown)}: not supported here; leave it out")
+            raise DataError(f"{', '.join(sorted(unknown))}: not supported here; leave it out")
         length = self.max_completion_tokens or self.max_tokens
         given = {
             **{name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")},
