@@ -6,10 +6,11 @@ messages --chat template--> prompt ids --generate, KV cache--> Answer, or pieces
 from __future__ import annotations
 
 import json
+import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,20 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
-    TextIteratorStreamer,
 )
+from transformers.generation.streamers import BaseStreamer
 
+from ernie_dist.data.render import control_tokens, is_control
 from ernie_dist.data.tokenizer import give_template
 from ernie_dist.model.base_weights import weights_fingerprint
 from ernie_dist.spec.errors import DataError, ErnieError, SpecError
 from ernie_dist.spec.run_files import EXPORTED
 from ernie_dist.spec.training import ModelSpec
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": ...}"""
+Stream = Generator[str, None, "Answer"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Sampling:
     """How the next token is chosen."""
 
     max_new_tokens: int = 512
+    """at most; an answer ends where the context does"""
     temperature: float = 0.0
     """0: the likeliest token, always"""
     top_p: float = 1.0
@@ -81,13 +86,22 @@ class Answer:
     """by a stop token; False: cut off at max_new_tokens"""
 
 
+class PromptTooLong(DataError):
+    """Prompt and answer do not fit the model's context."""
+
+
 class ChatModel:
-    """A causal language model with its tokenizer, in evaluation mode. Not for several threads at once."""
+    """A causal language model with its tokenizer, in evaluation mode. Threads that ask it wait for one another."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
         self._stops = _stop_ids(model, tokenizer)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        added = tokenizer.added_tokens_decoder
+        self._control = control_tokens(added.values())
+        controls = {number for number, token in added.items() if is_control(token.content, token.special)}
+        self._unsaid = controls | set(self._stops)
+        self._turn = threading.Lock()
 
     @property
     def context(self) -> int:
@@ -95,26 +109,27 @@ class ChatModel:
         return int(self.model.config.max_position_embeddings)
 
     def prompt(self, messages: Sequence[Message], max_new_tokens: int = 1) -> list[int]:
-        """Token ids up to where the answer begins.
+        """Token ids up to where the answer begins, with at least `max_new_tokens` positions left for it.
 
-        Raises DataError for roles in the wrong order, and where prompt and answer do not fit the context.
+        Raises DataError for roles in the wrong order, for a control token written out in a message, which the template
+        would take for its own; PromptTooLong where prompt and answer do not fit the context.
         """
         if not self.tokenizer.chat_template:
             raise DataError(
                 f"{self.name}: its tokenizer has no chat template, so it cannot be asked; use an instruction model, "
                 "or put a chat_template.jinja in its folder"
             )
-        _check_order(messages)
+        _check_turns(messages)
+        self._check_contents(messages)
         text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) + max_new_tokens > self.context:
-            raise DataError(
-                f"the prompt has {len(ids):,} tokens and the answer may have {max_new_tokens:,}: more than the "
-                f"{self.context:,} positions of {self.name}; shorten the conversation or lower max_new_tokens"
+            raise PromptTooLong(
+                f"the prompt has {len(ids):,} tokens, and with {max_new_tokens:,} for the answer that is more than the "
+                f"{self.context:,} positions of {self.name}; shorten the conversation"
             )
         return ids
 
-    @torch.no_grad()
     def answers(
         self,
         prompts: Sequence[Sequence[int]],
@@ -133,37 +148,47 @@ class ChatModel:
             width = max(map(len, batch))
             ids = torch.tensor([[self._pad] * (width - len(prompt)) + list(prompt) for prompt in batch])
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
-            torch.manual_seed(sampling.seed + first)
-            out = self._generate(ids, mask, sampling)
+            out = self._generate(ids, mask, sampling, seed=sampling.seed + first)
             found += [self._answer(row) for row in out[:, width:].tolist()]
             progress(len(batch))
         return found
 
-    def stream(self, messages: Sequence[Message], sampling: Sampling = Sampling()) -> Iterator[str]:
-        """The answer in pieces of text, as it comes. Leaving the iterator ends the generation."""
-        ids = torch.tensor([self.prompt(messages, sampling.max_new_tokens)])
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def stream(self, messages: Sequence[Message], sampling: Sampling = Sampling()) -> Stream:
+        """The answer in pieces of text, as it comes; joined, what `answers` gives, and that is what it returns at its
+        end. Leaving it ends the generation. Raises what `prompt` raises, before the first piece.
+        """
+        return self._stream(torch.tensor([self.prompt(messages)]), sampling)
+
+    def _stream(self, ids: torch.Tensor, sampling: Sampling) -> Stream:
+        tokens = _Tokens()
         left = threading.Event()
         failed: list[BaseException] = []
 
         def work() -> None:
             try:
-                torch.manual_seed(sampling.seed)
-                with torch.no_grad():
-                    self._generate(ids, torch.ones_like(ids), sampling, streamer=streamer, left=left)
+                mask = torch.ones_like(ids)
+                self._generate(ids, mask, sampling, seed=sampling.seed, streamer=tokens, left=left)
             except BaseException as error:  # raised by the reader
                 failed.append(error)
-                streamer.end()
+                tokens.end()
 
         thread = threading.Thread(target=work, name="generate", daemon=True)
         thread.start()
+        said = ""
+        so_far: list[int] = []
         try:
-            yield from (piece for piece in streamer if piece)
+            for token in tokens:
+                so_far.append(token)
+                text = self._text(so_far)
+                if text.startswith(said) and len(text) > len(said):
+                    yield text[len(said) :]
+                    said = text
         finally:
             left.set()
             thread.join()
         if failed:
             raise failed[0]
+        return self._answer(so_far)
 
     def _generate(
         self,
@@ -171,24 +196,41 @@ class ChatModel:
         mask: torch.Tensor,
         sampling: Sampling,
         *,
-        streamer: Any = None,
+        seed: int,
+        streamer: BaseStreamer | None = None,
         left: threading.Event | None = None,
     ) -> torch.Tensor:
-        return self.model.generate(
-            input_ids=ids.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
-            eos_token_id=self._stops,
-            pad_token_id=self._pad,
-            streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([_Left(left)] if left else []),
-            use_cache=True,
-            **sampling.arguments(),
-        )
+        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, self.context - ids.shape[1]))
+        with self._turn, torch.no_grad():
+            torch.manual_seed(seed)
+            return self.model.generate(
+                input_ids=ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                eos_token_id=self._stops,
+                pad_token_id=self._pad,
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([_Left(left)] if left else []),
+                use_cache=True,
+                **sampling.arguments(),
+            )
 
     def _answer(self, ids: list[int]) -> Answer:
         end = next((at for at, token in enumerate(ids) if token in self._stops), None)
         kept = ids[:end]
-        return Answer(self.tokenizer.decode(kept, skip_special_tokens=True).strip(), len(kept), end is not None)
+        return Answer(self._text(kept), len(kept), end is not None)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """What was said, without control tokens and without the half of a character that an answer may end in."""
+        said = [token for token in ids if token not in self._unsaid]
+        return self.tokenizer.decode(said, clean_up_tokenization_spaces=False).strip().rstrip("\ufffd")
+
+    def _check_contents(self, messages: Sequence[Message]) -> None:
+        for number, message in enumerate(messages, 1):
+            if self._control and (found := self._control.search(message["content"])):
+                raise DataError(
+                    f"turn {number} ({message['role']}) holds the control token {found[0]} as text, which would steer "
+                    "the model; remove it, or write it with a space inside"
+                )
 
 
 def load(
@@ -196,8 +238,8 @@ def load(
 ) -> ChatModel:
     """A model folder, the folder of a LoRA adapter, a run directory (its export) or a hub id, ready to answer.
 
-    `adapter` is put on top of `model`. `device` and `dtype` default to a GPU and bf16 where there is one, else CPU and
-    fp32. Raises SpecError or DataError with what is missing.
+    `adapter` is put on top of `model`. `device` (cpu, cuda, cuda:1) and `dtype` (fp32, bf16, fp16) default to a GPU and
+    bf16 where there is one, else CPU and fp32. Raises SpecError with what is missing.
     """
     folder = _export_of(Path(model))
     if adapter is None and (folder / "adapter_config.json").is_file():
@@ -206,8 +248,10 @@ def load(
     name = str(folder) if folder.is_dir() else str(model)
     if not folder.is_dir() and (Path(model).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise SpecError(f"{model}: no such model folder; give a folder, a run directory or a hub id")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    wanted = getattr(torch, dtype) if dtype else torch.bfloat16 if device.startswith("cuda") else torch.float32
+    device = _usable(device)
+    if dtype not in (None, *_DTYPES):
+        raise SpecError(f"dtype is {dtype}, expected {', '.join(_DTYPES)}")
+    wanted = _DTYPES[dtype or ("bf16" if device.type == "cuda" else "fp32")]
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             name, dtype=wanted, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
@@ -232,9 +276,28 @@ def generate(
     many = not isinstance(question, str) and all(isinstance(one, str) for one in question)
     asked = question if many else [question]
     conversations = [[{"role": "user", "content": one}] if isinstance(one, str) else list(one) for one in asked]
-    prompts = [model.prompt(one, how.max_new_tokens) for one in conversations]
+    prompts = [model.prompt(one) for one in conversations]
     texts = [answer.text for answer in model.answers(prompts, how, batch_size=batch_size)]
     return texts if many else texts[0]
+
+
+class _Tokens(BaseStreamer):
+    """Hands tokens from the thread that generates to the one that reads."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._prompted = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompted:
+            self._queue.put(int(value))
+        self._prompted = True  # what comes first is the prompt
+
+    def end(self) -> None:
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._queue.get, None)  # type: ignore[arg-type]
 
 
 class _Left(StoppingCriteria):
@@ -247,7 +310,10 @@ class _Left(StoppingCriteria):
         return torch.full((len(input_ids),), self._left.is_set(), device=input_ids.device)
 
 
-def _check_order(messages: Sequence[Message]) -> None:
+def _check_turns(messages: Sequence[Message]) -> None:
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message.get("content"), str):
+            raise DataError(f"turn {number} ({message.get('role')}) has no text; give it as content")
     roles = [message.get("role", "") for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     wanted = ["user" if number % 2 == 0 else "assistant" for number in range(len(turns))]
@@ -264,6 +330,15 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
     own = getattr(config, "eos_token_id", None)
     ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     return sorted(ids)
+
+
+def _usable(device: str | None) -> torch.device:
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SpecError(f"device {device}: cannot be used here: {_first_line(error)}; leave it out, or say cpu") from None
+    return found
 
 
 def _export_of(folder: Path) -> Path:
@@ -288,15 +363,25 @@ def _base_of(adapter: Path) -> str:
 
 
 def _with_adapter(model: PreTrainedModel, adapter: Path, base: str) -> PreTrainedModel:
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
 
+    weights = adapter / "adapter_model.safetensors"
+    if not (adapter / "adapter_config.json").is_file() or not weights.is_file():
+        raise SpecError(f"{adapter}: is no adapter; a folder with adapter_config.json and {weights.name} is one")
     _refuse_other_base(adapter, base)
     try:
-        return PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)  # type: ignore[return-value]
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise SpecError(
-            f"{adapter}: does not fit {base}: {_first_line(error)}; put it on the base it was trained for"
-        ) from error
+        adapted = PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
+        with safe_open(weights, "pt") as file:
+            unused = set(file.keys()) ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise SpecError(f"{adapter}: does not fit {base}: {_first_line(error)}; {_OTHER_BASE}") from error
+    if unused:  # peft passes over what it finds no place for
+        raise SpecError(f"{adapter}: does not fit {base}: no place for {min(unused)}; {_OTHER_BASE}")
+    return adapted  # type: ignore[return-value]
+
+
+_OTHER_BASE = "put it on the base it was trained for"
 
 
 def _refuse_other_base(adapter: Path, base: str) -> None:

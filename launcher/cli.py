@@ -17,6 +17,8 @@ _VERBS = {
     "stop": "stop a run at its next step, with a checkpoint",
     "report": "write report.html and loss_curve.png",
     "export": "write a transformers directory from a run's checkpoint",
+    "chat": "talk to a model in the terminal",
+    "serve": "a page to talk to a model in the browser, and an OpenAI-compatible API",
     "schema": "print the JSON schema of a job, for editors",
     "drill": "prove that a job survives: a short version of it, undisturbed and under faults",
     "quickstart": "train a tiny model on generated data, interrupt it, go on, and show the result",
@@ -26,6 +28,7 @@ _EXAMPLES = """examples:
   ernie launch job.yaml --run-dir runs/law --set curriculum.0.duration="2M tokens"
   ernie launch job.yaml --on slurm --dry-run         # the script that would be submitted
   ernie status runs/law --watch
+  ernie chat runs/law
 """
 
 
@@ -103,6 +106,8 @@ def _parser() -> argparse.ArgumentParser:
         "--notice", type=_seconds, metavar="TIME", help="the machine is gone after this time, e.g. 30s"
     )
     at["stop"].add_argument("--wait", action="store_true", help="return when the run has stopped")
+    _add_model_options(at["chat"])
+    _add_serve_options(at["serve"])
     at["export"].add_argument("--to", required=True, metavar="DIR", help="folder to write")
     at["export"].add_argument("--adapter-only", action="store_true", help="the LoRA adapter alone, for peft")
     which = at["export"].add_mutually_exclusive_group()
@@ -119,6 +124,32 @@ def _parser() -> argparse.ArgumentParser:
     drill.add_argument("--dir", default="drill", metavar="DIR", help="folder to work in (drill)")
     at["quickstart"].add_argument("--dir", default="quickstart", metavar="DIR", help="folder to work in")
     return parser
+
+
+def _add_model_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", metavar="MODEL", help="a model folder, an adapter's, a run directory, or a hub id")
+    verb.add_argument("--adapter", metavar="DIR", help="a LoRA adapter to put on the model")
+    verb.add_argument("--system", default="", metavar="TEXT", help="the system prompt to begin with")
+    verb.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token, always (default)")
+    verb.add_argument("--top-p", type=float, default=1.0, help="the likeliest tokens with this share together (1: all)")
+    verb.add_argument("--top-k", type=int, default=0, help="the k likeliest tokens (0: all)")
+    verb.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: says less of it again (1)")
+    verb.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="length of an answer at most (512)")
+    verb.add_argument("--seed", type=int, metavar="N", help="makes chance repeatable (default: another each time)")
+    verb.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    verb.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: bf16 on a GPU, else fp32")
+
+
+def _add_serve_options(verb: argparse.ArgumentParser) -> None:
+    _add_model_options(verb)
+    verb.add_argument("--against", metavar="BASE", help="a second model, whose answers are shown beside")
+    verb.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
+    verb.add_argument("--port", type=int, default=7860, metavar="N", help="7860; 0: any that is free")
+    verb.add_argument("--auth", metavar="FILE", help="holds USER:PASSWORD; or set ERNIE_AUTH to it")
+    verb.add_argument(
+        "--feedback", default="feedback.jsonl", metavar="FILE", help="where thumbs up go, as training data"
+    )
+    verb.add_argument("--api-only", action="store_true", help="no page, only /v1/chat/completions and /v1/models")
 
 
 def _positive(text: str) -> int:

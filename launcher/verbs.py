@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import glob
 import json
+import random
+import signal
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from ernie_dist.spec.assets import find_asset
 from ernie_dist.spec.errors import RunDirError
@@ -134,6 +137,49 @@ def export(options: Namespace) -> None:
         raise RunDirError(f"{chosen[0]}: cannot be trusted: {reason}; choose another with --step")
     job, to = run_dir.job(), Path(options.to).resolve()
     print(export_model(job, chosen[0], to, adapter_only=options.adapter_only))
+
+
+def chat(options: Namespace) -> None:
+    from ernie_dist.serve.console import chat as talk
+
+    sampling = _sampling(options)
+    talk(_model(options.model, options), sampling, options.system)
+
+
+def serve(options: Namespace) -> None:
+    from ernie_dist.serve.access import check_host, read_auth
+
+    auth = read_auth(options.auth)
+    check_host(options.host, auth)
+    from ernie_dist.serve.server import Page, serve as run
+
+    page = None
+    if not options.api_only:
+        page = Page(_sampling(options), options.system, Path(options.feedback))
+    models = [_model(options.model, options)]
+    if options.against:
+        options.adapter = None
+        models.insert(0, _model(options.against, options))
+    run(models, page, host=options.host, port=options.port, auth=auth)
+
+
+def _sampling(options: Namespace) -> Any:
+    from ernie_dist.inference import Sampling
+
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
+    seed = random.randrange(1 << 32) if options.seed is None else options.seed
+    return Sampling(**{name: getattr(options, name) for name in names}, seed=seed)
+
+
+def _model(folder: str, options: Namespace) -> Any:
+    from transformers.utils.logging import disable_progress_bar
+
+    from ernie_dist.inference import load
+
+    disable_progress_bar()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # nothing here goes on later, as a run does
+        signal.signal(number, signal.SIG_DFL)
+    return load(folder, adapter=options.adapter, device=options.device, dtype=options.dtype)
 
 
 def schema(options: Namespace) -> None:

@@ -145,8 +145,7 @@ class Encoder:
         added = self._tokenizer.get_added_tokens_decoder().values()
         control = [token for token in added if is_control(token.content, token.special)]
         self._tokenizer.add_special_tokens([_as_special(token) for token in control if not token.special])
-        names = sorted((token.content for token in control), key=lambda name: (-len(name), name))
-        self._control = re.compile("|".join(map(re.escape, names))) if names else None
+        self._control = control_tokens(added)
 
     def check(self, document: Document) -> None:
         """Raises BadRow if a turn holds a control token written out: the template would take it for its own."""
@@ -221,6 +220,13 @@ class Encoder:
 def is_control(content: str, special: bool) -> bool:
     """Whether an added token steers the model, rather than being one more word of the vocabulary."""
     return special or re.fullmatch(r"<\|[^\s<>]+\|>", content) is not None
+
+
+def control_tokens(added: Iterable[AddedToken]) -> re.Pattern[str] | None:
+    """Finds the control tokens of a tokenizer in a text. None if it has none."""
+    names = {token.content for token in added if is_control(token.content, token.special)}
+    longest_first = sorted(names, key=lambda name: (-len(name), name))
+    return re.compile("|".join(map(re.escape, longest_first))) if names else None
 
 
 def _as_special(token: AddedToken) -> AddedToken:

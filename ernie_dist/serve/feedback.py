@@ -1,0 +1,27 @@
+"""Thumbs up and down on answers, kept as rows that a job can train on.
+
+FILE.jsonl               up: the conversation up to the answer, `conversation: messages`; only that answer counts
+FILE.down.jsonl          down: the same kind of row, to be mended by hand before it is trained on
+FILE.preferences.jsonl   up, where two models answered the same otherwise: `preference: pairs`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ernie_dist.serve.conversation import Conversation, append_row, training_row
+
+
+def record(file: Path, sides: Sequence[Conversation], side: int, turn: int, *, liked: bool) -> list[Path]:
+    """Keeps what was thought of one side's turn number `turn`; returns the files written. Raises DataError."""
+    liked_one = sides[side].until(turn)
+    written = [file if liked else file.with_suffix(f".down{file.suffix}")]
+    append_row(written[0], training_row(liked_one, last_only=True))
+    for other in sides if liked else ():
+        rival = other.until(turn)
+        if rival[:-1] == liked_one[:-1] and len(rival) == len(liked_one) and rival != liked_one:
+            pair = {"prompt": rival[:-1], "chosen": liked_one[-1]["content"], "rejected": rival[-1]["content"]}
+            written.append(file.with_suffix(f".preferences{file.suffix}"))
+            append_row(written[-1], pair)
+    return written
