@@ -6,6 +6,7 @@ import glob
 import json
 import time
 from argparse import Namespace
+from dataclasses import fields
 from pathlib import Path
 
 from ernie_dist.spec.assets import find_asset
@@ -127,6 +128,12 @@ def export(options: Namespace) -> None:
     if reason:
         raise RunDirError(f"{chosen[0]}: cannot be trusted: {reason}; choose another with --step")
     print(export_model(run_dir.job(), chosen[0], Path(options.to).resolve()))
+
+
+def eval(options: Namespace) -> None:
+    from ernie_dist.evaluate.command import Wanted, evaluate
+
+    evaluate(Wanted(**{field.name: getattr(options, field.name) for field in fields(Wanted)}))
 
 
 def schema(options: Namespace) -> None:
