@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
+from tqdm import tqdm
 
 from ernie_dist.evaluate.asking import Candidate, How, ask
+from ernie_dist.evaluate.execution import Limits, check_confinement, pass_table
 from ernie_dist.evaluate.page import render
 from ernie_dist.evaluate.questions import Fields, Question, choose_split, guess_layout, read_file, read_prepared
 from ernie_dist.evaluate.results import Judged, Results, compare_all, judge, table
@@ -66,11 +68,12 @@ class Wanted:
 
 def evaluate(wanted: Wanted) -> Path:
     """Asks, measures, writes and prints; returns the page. Raises SpecError or DataError."""
-    names = _metric_names(wanted)
+    names, ks = _metric_names(wanted), _ks(wanted)
+    if names and "exec" in names and not wanted.exec_unconfined:
+        check_confinement()
     run = Path(wanted.model) if (Path(wanted.model) / "job.json").is_file() else None
-    folder = Path(wanted.to) if wanted.to else (run or Path("evaluation") / Path(wanted.model).name) / "evaluation"
-    if run is None and wanted.to is None:
-        folder = Path("evaluation") / Path(wanted.model).resolve().name
+    own = run / "evaluation" if run else Path("evaluation") / Path(wanted.model).resolve().name
+    folder = Path(wanted.to) if wanted.to else own
     questions = _sampled(_questions(wanted, run), wanted)
     sampling = Sampling(
         **{name: getattr(wanted, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")},
@@ -79,7 +82,7 @@ def evaluate(wanted: Wanted) -> Path:
     )
     labels = tuple(sorted({question.label for question in questions if question.label is not None}))
     how = How(sampling, wanted.samples, wanted.batch_size, labels)
-    judged = [_judged(who, questions, how, wanted, names, folder) for who in _candidates(wanted, run)]
+    judged = [_judged(who, questions, how, wanted, names, ks, folder) for who in _candidates(wanted, run)]
     tuned, base = judged[0], judged[1] if len(judged) > 1 else None
     settings = {**asdict(wanted), "labels": list(labels)}
     results = Results(tuned, base, questions, compare_all(tuned, base, wanted.seed), settings)
@@ -98,10 +101,21 @@ def _candidates(wanted: Wanted, run: Path | None) -> list[Candidate]:
 
 
 def _judged(
-    who: Candidate, questions: Sequence[Question], how: How, wanted: Wanted, names: list[str] | None, folder: Path
+    who: Candidate,
+    questions: Sequence[Question],
+    how: How,
+    wanted: Wanted,
+    names: list[str] | None,
+    ks: Sequence[int],
+    folder: Path,
 ) -> Judged:
     asked = ask(who, questions, how, folder / "answers", ranks=wanted.ranks)
-    return judge(who.name, questions, asked, names)
+    passed: list[list[bool]] = []
+    if names and "exec" in names:
+        limits = Limits(seconds=wanted.exec_timeout, confined=not wanted.exec_unconfined)
+        with tqdm(total=len(questions) * how.samples, desc="running answers", unit="answer", leave=False) as bar:
+            passed = pass_table(questions, asked, limits, progress=bar.update)
+    return judge(who.name, questions, asked, names, passed, ks)
 
 
 def _publish(results: Results, folder: Path, wanted: Wanted) -> Path:
@@ -207,3 +221,14 @@ def _metric_names(wanted: Wanted) -> list[str] | None:
     if unknown or not names:
         raise SpecError(f"--metrics {wanted.metrics}: unknown: {', '.join(unknown)}; there are {', '.join(METRICS)}")
     return names
+
+
+def _ks(wanted: Wanted) -> list[int]:
+    ks = [int(text) for text in wanted.k.split(",") if text.strip().isdecimal()]
+    if not ks or min(ks) < 1 or max(ks) > wanted.samples:
+        raise SpecError(
+            f"--k {wanted.k}: expected numbers from 1 to --samples ({wanted.samples}), e.g. --samples 9 --k 1,9"
+        )
+    if wanted.samples > 1 and wanted.temperature == 0:
+        raise SpecError(f"--samples {wanted.samples}: at temperature 0 all would be the same; give --temperature 0.8")
+    return ks

@@ -115,7 +115,8 @@ def judge(
         found += loss_metrics([one.loss or 0.0 for one in asked], [one.loss_tokens for one in asked])
     if not labels:
         found += answer_metrics(answers, [one.tokens[0] for one in asked], [one.stopped[0] for one in asked])
-    return Judged(name, asked, [metric for metric in found if wanted is None or metric.name in wanted], passed)
+    kept = [one for one in found if wanted is None or one.name in wanted or one.name.startswith("pass@")]
+    return Judged(name, asked, kept, passed)
 
 
 def compare_all(tuned: Judged, base: Judged | None, seed: int) -> list[Compared]:
