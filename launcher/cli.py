@@ -17,6 +17,7 @@ _VERBS = {
     "stop": "stop a run at its next step, with a checkpoint",
     "report": "write report.html and loss_curve.png",
     "export": "write a transformers directory from a run's checkpoint",
+    "eval": "ask a model, measure its answers, and hold them against another model's",
     "chat": "talk to a model in the terminal",
     "serve": "a page to talk to a model in the browser, and an OpenAI-compatible API",
     "schema": "print the JSON schema of a job, for editors",
@@ -28,6 +29,7 @@ _EXAMPLES = """examples:
   ernie launch job.yaml --run-dir runs/law --set curriculum.0.duration="2M tokens"
   ernie launch job.yaml --on slurm --dry-run         # the script that would be submitted
   ernie status runs/law --watch
+  ernie eval runs/law                                # the test split, before and after training
   ernie chat runs/law
 """
 
@@ -113,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     which = at["export"].add_mutually_exclusive_group()
     which.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
     which.add_argument("--best", action="store_true", help="the checkpoint with the lowest held-out loss")
+    _add_evaluation(at["eval"])
     drill = at["drill"]
     drill.add_argument("--rounds", type=_positive, default=20, metavar="N", help="faults, one after another (20)")
     drill.add_argument(
@@ -150,6 +153,44 @@ def _add_serve_options(verb: argparse.ArgumentParser) -> None:
         "--feedback", default="feedback.jsonl", metavar="FILE", help="where thumbs up go, as training data"
     )
     verb.add_argument("--api-only", action="store_true", help="no page, only /v1/chat/completions and /v1/models")
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", metavar="MODEL_OR_RUN", help="a model folder, a LoRA adapter, a run directory or a hub id")
+    add("--against", metavar="BASE", help="model to compare with (default: a run's model before training); none")
+    add("--adapter", metavar="DIR", help="LoRA adapter to put on MODEL; MODEL without it is the base")
+    add("--data", metavar="FILE", help="rows to ask (default: what the run held out of its conversations)")
+    add(
+        "--split",
+        choices=["train", "validation", "test"],
+        help="of the run's data (test), or of FILE as the run splits",
+    )
+    add("--source", metavar="NAME", help="source of the run: the one to ask, or how to read FILE")
+    add("--prompt", metavar="FIELD", help="field or template of the question (default: by the names in the first row)")
+    add("--response", metavar="FIELD", help="field or template of the reference")
+    add("--system", metavar="FIELD", help="field or template of the system prompt")
+    add("--conversation", choices=["messages", "alpaca", "sharegpt", "erniekit"], help="layout of conversation rows")
+    add("--encoding", default="utf-8", help="of FILE (utf-8)")
+    add("--label", metavar="FIELD", help="classify: choose among the labels that occur in this field")
+    add("--references", metavar="FILE", help="references, one in each line, where the rows of FILE hold none")
+    add("--metrics", metavar="A,B", help="only these (default: all that the rows allow); exec runs code against tests")
+    add("--limit", type=_positive, metavar="N", help="ask N rows, drawn with the seed")
+    add("--batch-size", type=_positive, default=16, metavar="N", help="prompts answered at once (16)")
+    add("--max-new-tokens", type=_positive, default=256, metavar="N", help="length at which an answer is cut off (256)")
+    add("--temperature", type=float, default=0.0, help="0: the likeliest token, always (0)")
+    add("--top-p", type=float, default=1.0, help="smallest set of tokens with this share of the probability (1)")
+    add("--top-k", type=int, default=0, help="the k likeliest tokens; 0: all (0)")
+    add("--repetition-penalty", type=float, default=1.0, help="1: none (1)")
+    add("--seed", type=int, default=0, help="of sampling, of --limit and of the bootstrap (0)")
+    add("--samples", type=_positive, default=1, metavar="N", help="answers to each question, for pass@k (1)")
+    add("--k", default="1", metavar="A,B", help="the k of pass@k (1)")
+    add("--exec-timeout", type=_seconds, default=10.0, metavar="TIME", help="for the tests of one answer (10s)")
+    add("--exec-unconfined", action="store_true", help="run code although this machine cannot confine it")
+    add("--ranks", type=_positive, default=1, metavar="N", help="processes, a GPU each (1)")
+    add("--tasks", metavar="A,B", help="benchmarks of lm-evaluation-harness")
+    add("--json", metavar="OUT", help="where the results go as well")
+    add("--to", metavar="DIR", help="folder to write (RUN/evaluation, or evaluation/NAME)")
 
 
 def _positive(text: str) -> int:

@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from argparse import Namespace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,12 @@ def _model(folder: str, options: Namespace) -> Any:
     for number in (signal.SIGTERM, signal.SIGHUP):  # nothing here goes on later, as a run does
         signal.signal(number, signal.SIG_DFL)
     return load(folder, adapter=options.adapter, device=options.device, dtype=options.dtype)
+
+
+def eval(options: Namespace) -> None:
+    from ernie_dist.evaluate.command import Wanted, evaluate
+
+    evaluate(Wanted(**{field.name: getattr(options, field.name) for field in fields(Wanted)}))
 
 
 def schema(options: Namespace) -> None:

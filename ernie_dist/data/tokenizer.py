@@ -104,7 +104,7 @@ def publish_pretrained(name: str, root: Path) -> PublishedTokenizer:
         ) from None
     if not tokenizer.is_fast:
         raise DataError(f"tokenizer: {name}: there is no fast version of it; convert it to a tokenizer.json first")
-    return _publish(tokenizer, root)
+    return publish(tokenizer, root)
 
 
 def train_and_publish(texts: Iterator[str], vocab_size: int, root: Path) -> PublishedTokenizer:
@@ -123,7 +123,7 @@ def train_and_publish(texts: Iterator[str], vocab_size: int, root: Path) -> Publ
     )
     trained.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, clean_up_tokenization_spaces=False, **_ROLES)
-    return _publish(tokenizer, root)
+    return publish(tokenizer, root)
 
 
 def load_published(root: Path, fingerprint: str) -> PublishedTokenizer | None:
@@ -151,7 +151,8 @@ def _special(tokenizer: Any) -> dict[str, int]:
     return {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def _publish(tokenizer: Any, root: Path) -> PublishedTokenizer:
+def publish(tokenizer: Any, root: Path) -> PublishedTokenizer:
+    """A tokenizer that transformers has loaded, and what a worker needs to know of it. Raises DataError."""
     special = _special(give_template(tokenizer))
     if tokenizer.eos_token_id is None:
         raise DataError(

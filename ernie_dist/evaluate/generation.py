@@ -7,28 +7,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import AutoTokenizer
 
-from ernie_dist.data.shard import PreparedSource
+from ernie_dist.data.tokenizer import give_template
+from ernie_dist.evaluate.questions import Renderer, read_prepared
 from ernie_dist.inference import ChatModel, Sampling, load
 from ernie_dist.model.build import build_model
-from ernie_dist.spec.errors import DataError
 from ernie_dist.spec.resolve import ResolvedJob
 from ernie_dist.spec.run_files import RunFiles
-
-
-@dataclass(frozen=True)
-class Question:
-    """A single-turn conversation as it was trained on: token ids up to the answer, and the answer's text."""
-
-    prompt: tuple[int, ...]
-    text: str
-    reference: str
 
 
 @dataclass(frozen=True)
@@ -39,17 +29,14 @@ class Answered:
     after: str
 
 
-def questions(source: PreparedSource, split: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Question]:
-    """The conversations of a split: the prompt is what precedes the first answer."""
-    for start, length in zip(*(part.tolist() for part in source.documents(split)), strict=True):
-        ids, mask = source.read(start, length)
-        if mask is None:
-            raise DataError(f"source {source.name} is plain text; questions come from conversations")
-        answer = int(np.flatnonzero(mask)[0])
-        prompt = ids[:answer].tolist()
-        text = tokenizer.decode(prompt, skip_special_tokens=True).strip()
-        reference = tokenizer.decode(ids[mask > 0].tolist(), skip_special_tokens=True).strip()
-        yield Question(tuple(prompt), text, reference)
+def untrained(run_dir: Path, device: str | None = None) -> ChatModel:
+    """A run's model as it was before its first step: what it starts from, or random weights of the same seed."""
+    job = ResolvedJob.read(RunFiles(run_dir).job)
+    model = build_model(job.spec.model, job.tokenizer.vocab_size, job.spec.seed, attn_implementation="sdpa")
+    tokenizer = give_template(AutoTokenizer.from_pretrained(job.tokenizer.folder, trust_remote_code=False))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    return ChatModel(model.to(device, dtype), tokenizer, f"{run_dir} before training")
 
 
 def before_and_after(
@@ -57,17 +44,15 @@ def before_and_after(
 ) -> list[Answered]:
     """Answers of the exported model, loaded as any transformers user would, beside those of the model at step 0."""
     files = RunFiles(run_dir)
-    job = ResolvedJob.read(files.job)
-    trained = load(files.export)
-    untrained = build_model(job.spec.model, job.tokenizer.vocab_size, job.spec.seed, attn_implementation="sdpa")
-    models = [ChatModel(untrained, trained.tokenizer, "untrained"), trained]
-    prepared = PreparedSource.open(Path(job.sources[source].folder))
-    asked = list(questions(prepared, "train", trained.tokenizer))[:limit]
-    prompts, how = [question.prompt for question in asked], Sampling(max_new_tokens)
-    before, after = (model.answers(prompts, how) for model in models)
+    asked = read_prepared(ResolvedJob.read(files.job), [source], "train")[:limit]
+    answers = []
+    for model in (untrained(run_dir), load(files.export)):
+        render = Renderer(model.tokenizer, model.name)
+        prompts = [render(question).prompt.tolist() for question in asked]
+        answers.append([answer.text for answer in model.answers(prompts, Sampling(max_new_tokens))])
     return [
-        Answered(question.text, question.reference, old.text, new.text)
-        for question, old, new in zip(asked, before, after, strict=True)
+        Answered(question.text, question.reference or "", before, after)
+        for question, before, after in zip(asked, *answers, strict=True)
     ]
 
 

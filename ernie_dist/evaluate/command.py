@@ -1,0 +1,234 @@
+"""`ernie eval`: questions, one or two models, answers, metrics, and what is written of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from ernie_dist.evaluate.asking import Candidate, How, ask
+from ernie_dist.evaluate.execution import Limits, check_confinement, pass_table
+from ernie_dist.evaluate.page import render
+from ernie_dist.evaluate.questions import Fields, Question, choose_split, guess_layout, read_file, read_prepared
+from ernie_dist.evaluate.results import Judged, Results, compare_all, judge, table
+from ernie_dist.inference import Sampling
+from ernie_dist.spec.curriculum import SourceSpec
+from ernie_dist.spec.errors import DataError, SpecError
+from ernie_dist.spec.resolve import ResolvedJob
+from ernie_dist.spec.run_files import RunFiles
+
+METRICS = (
+    *("bleu", "rouge_l_chars", "rouge_l_words", "chrf", "exact_match", "token_f1"),
+    *("accuracy", "macro_f1", "exec", "loss", "perplexity", "distinct_1", "distinct_2", "length", "stop_rate"),
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What `ernie eval` was asked for; a field is an option of the same name."""
+
+    model: str
+    against: str | None = None
+    adapter: str | None = None
+    data: str | None = None
+    split: str | None = None
+    source: str | None = None
+    prompt: str | None = None
+    response: str | None = None
+    system: str | None = None
+    conversation: str | None = None
+    encoding: str = "utf-8"
+    label: str | None = None
+    references: str | None = None
+    metrics: str | None = None
+    samples: int = 1
+    k: str = "1"
+    exec_unconfined: bool = False
+    exec_timeout: float = 10.0
+    limit: int | None = None
+    batch_size: int = 16
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    ranks: int = 1
+    tasks: str | None = None
+    json: str | None = None
+    to: str | None = None
+
+
+def evaluate(wanted: Wanted) -> Path:
+    """Asks, measures, writes and prints; returns the page. Raises SpecError or DataError."""
+    names, ks = _metric_names(wanted), _ks(wanted)
+    if names and "exec" in names and not wanted.exec_unconfined:
+        check_confinement()
+    run = Path(wanted.model) if (Path(wanted.model) / "job.json").is_file() else None
+    own = run / "evaluation" if run else Path("evaluation") / Path(wanted.model).resolve().name
+    folder = Path(wanted.to) if wanted.to else own
+    questions = _sampled(_questions(wanted, run), wanted)
+    sampling = Sampling(
+        **{name: getattr(wanted, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")},
+        repetition_penalty=wanted.repetition_penalty,
+        seed=wanted.seed,
+    )
+    labels = tuple(sorted({question.label for question in questions if question.label is not None}))
+    how = How(sampling, wanted.samples, wanted.batch_size, labels)
+    judged = [_judged(who, questions, how, wanted, names, ks, folder) for who in _candidates(wanted, run)]
+    tuned, base = judged[0], judged[1] if len(judged) > 1 else None
+    settings = {**asdict(wanted), "labels": list(labels)}
+    results = Results(tuned, base, questions, compare_all(tuned, base, wanted.seed), settings)
+    return _publish(results, folder, wanted)
+
+
+def _candidates(wanted: Wanted, run: Path | None) -> list[Candidate]:
+    tuned = Candidate(wanted.model, adapter=wanted.adapter)
+    if wanted.against == "none":
+        return [tuned]
+    if wanted.against is not None:
+        return [tuned, Candidate(wanted.against)]
+    if run is not None:
+        return [tuned, Candidate(wanted.model, before_training=True)]
+    return [tuned, Candidate(wanted.model)] if wanted.adapter else [tuned]
+
+
+def _judged(
+    who: Candidate,
+    questions: Sequence[Question],
+    how: How,
+    wanted: Wanted,
+    names: list[str] | None,
+    ks: Sequence[int],
+    folder: Path,
+) -> Judged:
+    asked = ask(who, questions, how, folder / "answers", ranks=wanted.ranks)
+    passed: list[list[bool]] = []
+    if names and "exec" in names:
+        limits = Limits(seconds=wanted.exec_timeout, confined=not wanted.exec_unconfined)
+        with tqdm(total=len(questions) * how.samples, desc="running answers", unit="answer", leave=False) as bar:
+            passed = pass_table(questions, asked, limits, progress=bar.update)
+    return judge(who.name, questions, asked, names, passed, ks)
+
+
+def _publish(results: Results, folder: Path, wanted: Wanted) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    found = results.to_json()
+    text = json.dumps(found, ensure_ascii=False, indent=1) + "\n"
+    for path in {folder / "results.json", *([Path(wanted.json)] if wanted.json else [])}:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, text)
+    page = folder / "comparison.html"
+    _replace(page, render(found))
+    print("\n".join(table(results)))
+    print(f"\npage     {page}\nresults  {wanted.json or folder / 'results.json'}")
+    return page
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".new")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+# ----------------------------------------------------------------------------------------------------------- questions
+
+
+def _questions(wanted: Wanted, run: Path | None) -> list[Question]:
+    job = ResolvedJob.read(RunFiles(run).job) if run else None
+    if wanted.source is not None:
+        if job is None:
+            raise SpecError(f"--source {wanted.source}: {wanted.model} is not a run directory, so it has no sources")
+        if wanted.source not in job.sources:
+            raise SpecError(f"--source {wanted.source}: the run has {', '.join(job.sources)}")
+    if wanted.data is None:
+        if job is None:
+            raise SpecError("nothing to ask; give --data FILE (only a run directory has data of its own)")
+        return _of_run(job, wanted)
+    source, fields = _source(wanted, job)
+    questions = read_file(source, fields)
+    if wanted.split is None:
+        return questions
+    if job is None:
+        raise SpecError("--split: a file is read whole, unless MODEL_OR_RUN is a run that says how to split it")
+    chosen = choose_split(questions, wanted.split, source.split or job.spec.split)
+    if not chosen:
+        raise DataError(f"{wanted.data}: none of its {len(questions):,} rows is in the {wanted.split} split")
+    return chosen
+
+
+def _of_run(job: ResolvedJob, wanted: Wanted) -> list[Question]:
+    names = [wanted.source] if wanted.source else [name for name, one in job.sources.items() if one.kind == "chat"]
+    if not names:
+        raise DataError("the run has no conversation sources, so there is nothing to ask; give --data FILE")
+    for split in [wanted.split] if wanted.split else ["test", "validation"]:
+        questions = read_prepared(job, names, split)
+        if questions:
+            if split != (wanted.split or "test"):
+                print(f"the test split is empty; asking the {split} split, which the training was watched on")
+            return questions
+    empty = f"the {wanted.split} split is empty" if wanted.split else "the test split is empty, and validation is too"
+    raise DataError(
+        f"{empty} (sources {', '.join(names)}); give --data FILE, or train a run whose job sets shares aside: "
+        "split: {train: 0.8, validation: 0.1, test: 0.1}"
+    )
+
+
+def _source(wanted: Wanted, job: ResolvedJob | None) -> tuple[SourceSpec, Fields]:
+    """How the rows of --data are read: as a source of the job, as the options say, or by the names of their fields."""
+    assert wanted.data is not None
+    references = Path(wanted.references) if wanted.references else None
+    if wanted.source is not None and job is not None:
+        copy = job.spec.sources[wanted.source].model_copy(update={"path": (wanted.data,), "dataset": None})
+        return copy, Fields(references=references)
+    given = {name: getattr(wanted, name) for name in ("prompt", "response", "conversation", "label")}
+    layout: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if "prompt" not in layout and "conversation" not in layout:
+        layout = {**guess_layout(wanted.data, wanted.encoding), **layout}
+    label = layout.pop("label", None)
+    answered = "response" in layout or "conversation" in layout or label is not None
+    if "prompt" in layout:
+        layout["response"] = label or layout.get("response") or layout["prompt"]
+    if wanted.system is not None:
+        layout["system"] = wanted.system
+    try:
+        source = SourceSpec(path=wanted.data, encoding=wanted.encoding, **layout)
+    except ValidationError as error:
+        raise SpecError(f"--data {wanted.data}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    return source, Fields(label, references, answered)
+
+
+def _sampled(questions: list[Question], wanted: Wanted) -> list[Question]:
+    """--limit rows drawn by the seed, in their order: files are often sorted by subject."""
+    if wanted.limit is None or wanted.limit >= len(questions):
+        return questions
+    chosen = np.random.default_rng(wanted.seed).choice(len(questions), wanted.limit, replace=False)
+    return [questions[number] for number in sorted(chosen.tolist())]
+
+
+def _metric_names(wanted: Wanted) -> list[str] | None:
+    if wanted.metrics is None:
+        return None
+    names = [name.strip() for name in wanted.metrics.split(",") if name.strip()]
+    unknown = [name for name in names if name not in METRICS]
+    if unknown or not names:
+        raise SpecError(f"--metrics {wanted.metrics}: unknown: {', '.join(unknown)}; there are {', '.join(METRICS)}")
+    return names
+
+
+def _ks(wanted: Wanted) -> list[int]:
+    ks = [int(text) for text in wanted.k.split(",") if text.strip().isdecimal()]
+    if not ks or min(ks) < 1 or max(ks) > wanted.samples:
+        raise SpecError(
+            f"--k {wanted.k}: expected numbers from 1 to --samples ({wanted.samples}), e.g. --samples 9 --k 1,9"
+        )
+    if wanted.samples > 1 and wanted.temperature == 0:
+        raise SpecError(f"--samples {wanted.samples}: at temperature 0 all would be the same; give --temperature 0.8")
+    return ks

@@ -1,0 +1,186 @@
+"""What was asked and answered -> metrics with intervals -> results.json and a table."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from ernie_dist.evaluate.asking import Asked
+from ernie_dist.evaluate.bootstrap import Compared, Estimate, compare
+from ernie_dist.evaluate.metrics import (
+    Metric,
+    answer_metrics,
+    class_metrics,
+    confusion,
+    loss_metrics,
+    pass_metrics,
+    text_metrics,
+)
+from ernie_dist.evaluate.questions import Question
+
+FEW = 30
+"""rows below which a bootstrap is too sure of itself"""
+_PACKAGES = ("ernie_dist", "torch", "transformers", "sacrebleu", "jieba", "peft", "lm_eval")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One model's answers and how good they are."""
+
+    name: str
+    asked: Sequence[Asked]
+    metrics: Sequence[Metric]
+    passed: Sequence[Sequence[bool]] = ()
+    """of each question, which of its answers passed the tests; empty: none were run"""
+
+
+@dataclass(frozen=True)
+class Results:
+    """One evaluation: a model, and perhaps another one beside it."""
+
+    tuned: Judged
+    base: Judged | None
+    questions: Sequence[Question]
+    compared: Sequence[Compared]
+    settings: dict[str, Any] = field(default_factory=dict)
+    harness: dict[str, Any] = field(default_factory=dict)
+    """what lm-evaluation-harness returned: {model: {task: {metric: value}}}"""
+
+    def to_json(self) -> dict[str, Any]:
+        models = {"tuned": self.tuned, **({"base": self.base} if self.base else {})}
+        return _finite(
+            {
+                "format": 1,
+                "models": {role: judged.name for role, judged in models.items()},
+                "settings": self.settings,
+                "versions": versions(),
+                "rows": len(self.questions),
+                "metrics": {one.name: _facts(one) for one in self.compared},
+                "confusion": {role: found for role, judged in models.items() if (found := self.confusion(judged))},
+                "harness": self.harness,
+                "answers": [self._row(number, models) for number in range(len(self.questions))],
+            }
+        )
+
+    def confusion(self, judged: Judged) -> dict[str, Any] | None:
+        """{"labels": names, "counts": [label][given]}; None where nothing was classified."""
+        labels = [question.label for question in self.questions]
+        if not labels or None in labels:
+            return None
+        names, counts = confusion([one.answers[0] for one in judged.asked], [label or "" for label in labels])
+        return {"labels": names, "counts": counts}
+
+    def _row(self, number: int, models: dict[str, Judged]) -> dict[str, Any]:
+        question = self.questions[number]
+        row: dict[str, Any] = {"question": question.text, "reference": question.reference}
+        if question.source:
+            row["source"] = question.source
+        for role, judged in models.items():
+            asked = judged.asked[number]
+            row[role] = {
+                "answer": asked.answers[0],
+                **({"answers": asked.answers} if len(asked.answers) > 1 else {}),
+                **({"scores": asked.scores} if asked.scores else {}),
+                **({"passed": judged.passed[number]} if judged.passed else {}),
+                "stopped": asked.stopped[0],
+                "metrics": {metric.name: float(metric.rows[number]) for metric in judged.metrics},
+            }
+        return row
+
+
+def judge(
+    name: str,
+    questions: Sequence[Question],
+    asked: Sequence[Asked],
+    wanted: Sequence[str] | None,
+    passed: Sequence[Sequence[bool]] = (),
+    ks: Sequence[int] = (),
+) -> Judged:
+    """All metrics that these questions allow, or those named in `wanted`."""
+    answers = [one.answers[0] for one in asked]
+    references = [question.reference for question in questions if question.reference is not None]
+    labels = [question.label for question in questions if question.label is not None]
+    found: list[Metric] = []
+    if labels:
+        found += class_metrics(answers, labels)
+    elif references and len(references) == len(questions):
+        found += text_metrics(answers, references)
+    if passed:
+        found += pass_metrics(passed, ks)
+    if references and len(references) == len(questions):
+        found += loss_metrics([one.loss or 0.0 for one in asked], [one.loss_tokens for one in asked])
+    if not labels:
+        found += answer_metrics(answers, [one.tokens[0] for one in asked], [one.stopped[0] for one in asked])
+    kept = [one for one in found if wanted is None or one.name in wanted or one.name.startswith("pass@")]
+    return Judged(name, asked, kept, passed)
+
+
+def compare_all(tuned: Judged, base: Judged | None, seed: int) -> list[Compared]:
+    others = {metric.name: metric for metric in base.metrics} if base else {}
+    return [compare(metric, others.get(metric.name), seed=seed) for metric in tuned.metrics]
+
+
+def table(results: Results) -> list[str]:
+    """Lines for a terminal: value [low, high] of each model, the difference, and whether it is one."""
+    heads = ["metric", "tuned"] + (["base", "difference", ""] if results.base else [])
+    rows = [heads]
+    for one in results.compared:
+        row = [one.name, estimate_text(one.name, one.tuned)]
+        if one.base is not None and one.difference is not None:
+            row += [estimate_text(one.name, one.base), estimate_text(one.name, one.difference, signed=True)]
+            row.append(verdict(one))
+        rows.append(row)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.append("")
+    lines.append(f"{len(results.questions):,} rows; in brackets 95 % intervals by paired bootstrap over rows")
+    if len(results.questions) < FEW:
+        lines.append(f"with fewer than {FEW} rows the intervals are too narrow to trust")
+    return lines
+
+
+def verdict(one: Compared) -> str:
+    """In words: better, worse, or that nobody can tell."""
+    if one.distinguishable is None or one.difference is None:
+        return ""
+    if not one.distinguishable:
+        return "not distinguishable from 0"
+    if one.higher_is_better is None:
+        return "more" if one.difference.value > 0 else "less"
+    return "better" if (one.difference.value > 0) == one.higher_is_better else "worse"
+
+
+def estimate_text(metric: str, value: Estimate, *, signed: bool = False) -> str:
+    """31.24 [28.10, 34.50]"""
+    form = f"{'+' if signed else ''},.{4 if metric == 'loss' else 2}f"
+    if value.low is None or value.high is None:
+        return format(value.value, form)
+    return f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers, where it is installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _facts(one: Compared) -> dict[str, Any]:
+    return {**{key: value for key, value in asdict(one).items() if key != "name"}, "verdict": verdict(one)}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan: a value that is not there is null."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
