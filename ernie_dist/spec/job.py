@@ -226,6 +226,8 @@ def _evaluate_problems(parts: _Parts) -> Iterator[Problem]:
     best = parts.evaluate.best if parts.evaluate is not None else None
     if best is not None and best != ALL_SOURCES and best not in parts.sources:
         yield Problem("evaluate.best", f"unknown source; {suggest(best, [*parts.sources, ALL_SOURCES])}", best)
+    if best == ALL_SOURCES and "preference" in parts.kinds.values():
+        yield Problem("evaluate.best", "losses of pairs and of tokens have no common mean; name one source", best)
     if parts.evaluate is not None and parts.evaluate.early_stop is not None and len(parts.stages) > 1:
         remedy = "make the last stage a job of its own that starts from this one's export, or leave it out"
         yield Problem("evaluate.early_stop", f"a job of {len(parts.stages)} stages cannot end early: {remedy}")
