@@ -274,7 +274,7 @@ class _Attempt:
             name = checkpoint_folder(self.files.checkpoints, step).name
             self.events.emit(events.BestCheckpoint(step, name, best.source, best.loss))
         if best is not before and spec.early_stop and best.waited >= spec.early_stop.patience:
-            reason = f"no lower held-out loss of {best.source} in {best.waited} evaluations"
+            reason = f"no lower held-out loss ({best.source}) in {best.waited} evaluations"
             self.events.emit(events.EarlyStopped(step, reason, best.step, best.loss))
 
     # ---- beginning and end -------------------------------------------------------------------------------------------

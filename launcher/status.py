@@ -58,7 +58,7 @@ def describe_run(run_dir: RunDir, slow: Slow | None = None) -> list[str]:
     if not recent:
         return [*lines, "step       none yet"]
     job, last = run_dir.job(), recent[-1]
-    left = job.total_tokens - last["consumed_tokens"]
+    left = 0 if state == "finished" else job.total_tokens - last["consumed_tokens"]  # it may have ended early
     speed = sum(step["tokens_per_second"] or 0.0 for step in recent) / len(recent)
     return [
         *lines,

@@ -34,7 +34,7 @@ from ernie_dist.batch import Batch, MicroBatch
 from ernie_dist.engine.base import ForwardClock, Measure, Measured, StepResult, always, never
 from ernie_dist.engine.optimizer import ParameterGroups, adamw
 from ernie_dist.engine.replicas import digest
-from ernie_dist.engine.snapshot import HostCopy, never_trained
+from ernie_dist.engine.snapshot import HostCopy, without_frozen
 from ernie_dist.engine.universal import convert_files, read_step
 from ernie_dist.spec.ds_config import offloads, read_ds_config, zero_stage
 from ernie_dist.spec.errors import CheckpointError
@@ -62,11 +62,10 @@ class _WithLoss(nn.Module):
 class _Files(CheckpointEngine):
     """What DeepSpeed would write is kept as a copy in host memory; what it reads may hold data, and no code."""
 
-    def __init__(self, left_out: frozenset[str]) -> None:
-        """`left_out`: weights that are not kept. DeepSpeed leaves out frozen ones as well, but of tied ones one name."""
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.kept: dict[str, Any] = {}
-        self._left_out = left_out
+        self._module = module
         self._copies: dict[str, HostCopy] = {}
 
     def create(self, info: CheckpointCommitInfo) -> None: ...
@@ -75,9 +74,8 @@ class _Files(CheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         name = PurePath(path).as_posix()
-        if weights := state_dict.get("module"):
-            kept = {name: tensor for name, tensor in weights.items() if name not in self._left_out}
-            state_dict = {**state_dict, "module": kept}
+        if weights := state_dict.get("module"):  # DeepSpeed leaves out frozen ones too, but of tied ones one name
+            state_dict = {**state_dict, "module": without_frozen(weights, self._module)}
         self.kept[name] = self._copies.setdefault(name, HostCopy())(state_dict)
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -125,7 +123,7 @@ class DeepSpeedEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=_WithLoss(model, loss), config=config, **own)
         self._accepted: Callable[[], bool] = lambda: True
         self._guard_updates()
-        self._files = self._engine.checkpoint_engine = _Files(never_trained(self._engine.module))
+        self._files = self._engine.checkpoint_engine = _Files(self._engine.module)
         self._engine._copy_recovery_script = lambda folder: None  # `ernie export` reads our checkpoints
 
     def step(

@@ -15,7 +15,7 @@ from ernie_dist.batch import Batch, MicroBatch
 from ernie_dist.engine.base import ForwardClock, Measure, Measured, StepResult, always, never
 from ernie_dist.engine.optimizer import ParameterGroups, adamw
 from ernie_dist.engine.replicas import digest
-from ernie_dist.engine.snapshot import HostCopy, never_trained
+from ernie_dist.engine.snapshot import HostCopy, without_frozen
 from ernie_dist.spec.errors import CheckpointError, SpecError
 from ernie_dist.spec.training import EngineSpec, OptimizerSpec
 from ernie_dist.trusted_files import read_state
@@ -119,9 +119,7 @@ class PlainEngine:
         del self.model, self._optimizer
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        """What training may change: all of it, or an adapter."""
-        frozen = never_trained(self.model)
-        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen}
+        return without_frozen(self.model.state_dict(), self.model)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.precision == "bf16":

@@ -11,10 +11,12 @@ from torch import nn
 _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
-def never_trained(module: nn.Module) -> frozenset[str]:
-    """Names of the parameters that no stage changes; a tied one under each of its names."""
-    named = module.named_parameters(remove_duplicate=False)
-    return frozenset(name for name, parameter in named if not parameter.requires_grad)
+def without_frozen(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Of a module's state what training may change: all of it; where weights are frozen, the others alone."""
+    named = dict(module.named_parameters(remove_duplicate=False))  # a tied one is in `state` under both its names
+    if all(parameter.requires_grad for parameter in named.values()):
+        return state
+    return {name: tensor for name, tensor in state.items() if name in named and named[name].requires_grad}
 
 
 class HostCopy:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from ernie_dist.model import attention
 from ernie_dist.spec.errors import SpecError
@@ -28,6 +29,8 @@ def build_model(
     torch.manual_seed(seed)
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "dtype": torch.float32}
     options["trust_remote_code"] = False  # not given, transformers asks at the terminal whether to run what it found
+    if spec.adapter and spec.adapter.quantize != "none":
+        options |= _in_four_bits()
     try:
         if spec.from_pretrained:
             model = AutoModelForCausalLM.from_pretrained(
@@ -52,6 +55,22 @@ def build_model(
         add_adapter(model, spec.adapter, seed)
     _checkpoint_layers(model, checkpointing)
     return model
+
+
+def _in_four_bits() -> dict[str, Any]:
+    """Reads linear layers as 4-bit floats onto this rank's GPU (QLoRA, Dettmers et al. 2023, arXiv:2305.14314)."""
+    where = 'model.adapter.quantize = "nf4"'
+    if not torch.cuda.is_available():
+        raise SpecError(f"{where}: needs a GPU, and there is none here; leave it out")
+    if find_spec("bitsandbytes") is None:
+        raise SpecError(f"{where}: needs bitsandbytes, which is not installed; pip install bitsandbytes")
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": quantized, "device_map": {"": torch.cuda.current_device()}}
 
 
 def _checkpoint_layers(model: PreTrainedModel, every: str | int) -> None:

@@ -88,10 +88,9 @@ def stage_svg(run: RunSummary, stage: StageSummary) -> str:
     """The same of one stage and its own sources, on scales of its own."""
     end = stage.first_token + stage.tokens
     mixture = next(one.mixture for one in run.job.stages if one.name == stage.name)
-    within = {
-        source: [(x, y) for x, y in points if stage.first_token <= x <= end]
+    within = {  # the others stay, empty: a source has one colour on the whole page
+        source: [(x, y) for x, y in points if source in mixture and stage.first_token <= x <= end]
         for source, points in run.held_out.items()
-        if source in mixture
     }
     part = replace(
         run,
@@ -101,7 +100,7 @@ def stage_svg(run: RunSummary, stage: StageSummary) -> str:
         restarts=[tokens for tokens in run.restarts if stage.first_token <= tokens <= end],
         best=run.best if run.best and stage.first_token < _tokens_at(run, run.best["step"]) <= end else None,
     )
-    with _figure((5.2, 3.4), _SENTINELS, f"stage-{stage.name}") as figure:
+    with _figure((4.2, 3.2), _SENTINELS, f"stage-{stage.name}") as figure:
         _draw_loss(part, figure.add_subplot(), _SENTINELS, narrow=True)
         return _svg(figure)
 
@@ -173,6 +172,8 @@ def _draw_loss(
                 zorder=3,
             )
     for number, (source, points) in enumerate(run.held_out.items()):
+        if not points:
+            continue
         axes.plot(
             [x / scale.divisor for x, _ in points],
             [y for _, y in points],

@@ -18,7 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ernie_dist.spec import batch_plan
 from ernie_dist.spec.curriculum import Kind, Name, SourceSpec, SplitSpec, StageSpec
-from ernie_dist.spec.ds_config import read_ds_config
+from ernie_dist.spec.ds_config import read_ds_config, zero_stage
 from ernie_dist.spec.errors import SpecError
 from ernie_dist.spec.problems import Problem, from_pydantic, refuse, suggest
 from ernie_dist.spec.quantity import Count
@@ -210,9 +210,14 @@ def _batch_problem(parts: _Parts, where: str, stage: StageSpec) -> Iterator[Prob
 def _engine_problems(parts: _Parts) -> Iterator[Problem]:
     if parts.engine is not None and parts.engine.kind == "deepspeed":
         try:
-            read_ds_config(parts.engine.ds_config)
+            policy = read_ds_config(parts.engine.ds_config)
         except SpecError as error:
             yield Problem("engine.ds_config", str(error))
+        else:
+            adapter = parts.model.adapter if parts.model else None
+            if adapter and adapter.quantize != "none" and zero_stage(policy) == 3:
+                why = "weights of 4 bits cannot be partitioned; use zero2 or less, or leave quantize out"
+                yield Problem("engine.ds_config", why, parts.engine.ds_config)
     elif parts.engine is not None and parts.resources is not None and parts.resources.world_size > 1:
         yield Problem("engine.kind", "plain runs on one rank; use deepspeed, or --ranks 1", "plain")
     if parts.model is not None:

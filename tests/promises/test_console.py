@@ -21,9 +21,7 @@ def talk(request: Any) -> Callable[..., pexpect.spawn]:
 
     def start(model: Path, *options: str, locale: str = "C.UTF-8") -> pexpect.spawn:
         environment = {**os.environ, "TERM": "dumb", "LC_ALL": locale}
-        chat = pexpect.spawn(
-            CHAT[0], [*CHAT[1:], str(model), *options], env=environment, encoding="utf-8", timeout=120
-        )
+        chat = pexpect.spawn(CHAT[0], [*CHAT[1:], str(model), *options], env=environment, encoding="utf-8", timeout=120)
         request.addfinalizer(lambda: chat.close(force=True))
         chat.expect_exact("/help lists the commands")
         chat.expect_exact("\n> ")

@@ -118,7 +118,7 @@ def test_killed_or_stopped_anywhere_the_same_checkpoint_is_best_and_the_run_ends
     assert lowest > 3 and max(losses) == ends < 90, "the job has to overfit in the middle"
     assert told(whole)[-2:] == [
         (lowest, f"step_{lowest:08d}", losses[lowest]),
-        (ends, "no lower held-out loss of poems in 4 evaluations", lowest),
+        (ends, "no lower held-out loss (poems) in 4 evaluations", lowest),
     ]
     kept = complete_checkpoints(whole.files.checkpoints)
     assert [path.name for path in kept] == [f"step_{ends:08d}", f"step_{lowest:08d}"], "beyond keep_last, and no other"
@@ -154,7 +154,7 @@ def test_the_best_one_is_exported_and_shown(runs: Runs, capsys: pytest.CaptureFi
     best = best_checkpoint(run_dir / "checkpoints")
     assert json.loads((runs.folder / "best" / "ernie_dist.json").read_text())["checkpoint"] == best.name
     page = build_report(run_dir).read_text()
-    assert collect(run_dir).ended_early.startswith("no lower held-out loss of poems in 4 evaluations")
+    assert collect(run_dir).ended_early.startswith("no lower held-out loss (poems) in 4 evaluations")
     assert "The run ended early: no lower held-out loss" in page and f"<code>{best.name}</code>, held-out loss" in page
 
     plain = runs.freeze("plain", evaluate={"every": "3 steps"}, checkpoint={"every": "4 steps"})

@@ -33,7 +33,7 @@ FIRST = {
     "月亮是什么颜色的？": "银白色",
     "你好": "你好，请问有什么事？",
 }
-SECOND = {**FIRST, "青芷产于哪里？": "青芷产于陇西的山中。", "月亮是什么颜色的？": "不知道"}
+SECOND = dict(zip(FIRST, [*list(FIRST.values())[1:], next(iter(FIRST.values()))], strict=True))
 STOP = 2
 
 
@@ -72,14 +72,14 @@ def tuned(shared_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         "override": {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128},
     }
     folder = tmp_path_factory.mktemp("tuned")
-    return run_job(folder, "full", FIRST, model, shared_tokenizer, duration="60 steps", peak=1e-2)
+    return run_job(folder, "full", FIRST, model, shared_tokenizer, duration="30 steps", peak=1e-2)
 
 
 @pytest.fixture(scope="module")
 def adapted(tuned: Path, shared_tokenizer: Path) -> Path:
-    adapter = {"rank": 8, "targets": "all-linear", "dropout": 0.05}
+    adapter = {"rank": 8, "targets": "all-linear", "dropout": 0.02}
     model = {"from_pretrained": str(tuned / "export"), "adapter": adapter}
-    more = {"duration": "60 steps", "peak": 1e-2, "neftune_alpha": 1}
+    more = {"duration": "40 steps", "peak": 1e-2, "neftune_alpha": 0.5}
     return run_job(tuned.parent, "lora", SECOND, model, shared_tokenizer, **more)
 
 
@@ -152,13 +152,12 @@ def test_a_checkpoint_is_as_small_as_its_adapter_and_goes_on_to_the_last_bit(tun
 
     again = adapted.with_name("again")
     shutil.copytree(adapted, again)
-    for late in ("40", "60"):
-        shutil.rmtree(again / f"checkpoints/step_000000{late}")
+    shutil.rmtree(again / "checkpoints/step_00000040")
     assert train(again, 2, World(), io.StringIO())
     numbers: dict[int, dict[int, Any]] = {1: {}, 2: {}}
     for line in read_all_attempts(RunFiles(again).metrics):
         numbers[line["attempt"]][line["step"]] = (line["loss"], line["grad_norm"], line["batch_hash"])
-    assert list(numbers[2]) == list(range(21, 61))
+    assert list(numbers[2]) == list(range(21, 41))
     assert all(numbers[1][step] == numbers[2][step] for step in numbers[2]), "dropout and noise come again as well"
     merged = [(run / "export/model.safetensors").read_bytes() for run in (adapted, again)]
     assert merged[0] == merged[1]
