@@ -14,13 +14,12 @@ from typing import IO, Any
 import torch
 
 from ernie_dist.batch import Batch
-from ernie_dist.best import Best
 from ernie_dist.checkpoint import CheckpointStore, Restored, verify
 from ernie_dist.data.loader import BatchLoader, load_batches
 from ernie_dist.engine.base import Engine
 from ernie_dist.engine.replicas import refuse_difference
 from ernie_dist.engine.select import build_engine
-from ernie_dist.evaluate.held_out import HeldOut
+from ernie_dist.evaluate.evaluations import Evaluations
 from ernie_dist.events import event as events
 from ernie_dist.events import goodput
 from ernie_dist.events.console import ConsoleSink
@@ -79,7 +78,8 @@ class _Attempt:
             events.PhaseEnded(attempt, phase.label, step, seconds)
         )
         self.skips = Skips.read(files.skipped_batches)
-        self.held_out, self.meter = HeldOut(job, world), Meter(job, self.engine, world)
+        self.evaluations = Evaluations(job, files, world, self.engine, self.events, self.skips, self.stop.requested)
+        self.meter = Meter(job, self.engine, world)
         self.busy = BusyTimes(world, job.spec.watchdog.straggler)
 
     def run(self) -> bool:
@@ -92,12 +92,14 @@ class _Attempt:
             self.events.close()
 
     def _run(self) -> bool:
-        job, engine, beat, refusals = self.job, self.engine, self.beat, self.refusals
-        self._evaluate_what_is_owed()
+        job, engine, beat, refusals, evaluations = self.job, self.engine, self.beat, self.refusals, self.evaluations
+        before = job.stage_at(self.progress.batch_index - 1) if self.progress.batch_index else None
+        if evaluations.owed(before, self.progress):
+            self._evaluate(before)
         stopping, stage, due = self.stop.requested(), None, False
         if stopping:  # before the first step: the checkpoint this attempt began with is all there is to keep
             self.events.emit(events.Stopped(self.progress.step, self.stop.reason()))
-        for batch in self._batches(none=stopping or self._is_over()):
+        for batch in self._batches(none=stopping or evaluations.over(self.progress)):
             since, self.progress = self.progress.batch_index, self.progress.skipping_to(batch.index)
             phase = Phase.FIRST_STEP if stage is None else Phase.STEP
             if stage is None or batch.index >= stage.end_batch:
@@ -114,12 +116,12 @@ class _Attempt:
             if refusals.too_many:
                 self._tell_of_saves(wait=True)
                 refusals.go_back()
-            if self._evaluation_is_due(stage, since):
-                self._evaluate(stage, at_end=self._has_ended(stage))
+            if evaluations.due(stage, self.progress, since):
+                self._evaluate(stage)
             # Updates refused in a row may end in going back: until they end nothing is saved, and a stop waits.
-            finished = self._is_over()
-            stopping = (result.flagged or self.held_out.cut_short) and not finished and not refusals.pending
-            due = due or self.store.due(self.progress, since) or self.best.step == self.progress.step
+            finished = evaluations.over(self.progress)
+            stopping = (result.flagged or evaluations.cut_short) and not finished and not refusals.pending
+            due = due or self.store.due(self.progress, since) or evaluations.best.step == self.progress.step
             if stopping:  # what is being written is finished first: it may be all that there is time for
                 self._tell_of_saves(wait=True)
             saving = self.stop.save_fits() if stopping else finished or (due and not refusals.pending)
@@ -174,7 +176,7 @@ class _Attempt:
         if self.world.is_main:
             self.fence()
             found.write(self.files.references(stage.name))
-        self.references = self.held_out.references = found
+        self.references = self.evaluations.held_out.references = found
         return True
 
     def _record(self, batch: Batch, stage: ResolvedStage, rate: float, result: Any) -> None:
@@ -203,79 +205,9 @@ class _Attempt:
         if slowest and self.busy.begins(slowest):
             self.events.emit(events.Straggler(progress.step, slowest.rank, slowest.imbalance, slowest.busy_seconds))
 
-    def _is_over(self) -> bool:
-        """Whether no batch is left, or the held-out loss has ceased to fall."""
-        early_stop = self.job.spec.evaluate.early_stop
-        given_up = early_stop is not None and self.best.waited >= early_stop.patience
-        return given_up or self._no_batch_is_left()
-
-    def _no_batch_is_left(self) -> bool:
-        return self.skips.next(self.progress.batch_index) == self.job.total_batches
-
-    # ---- evaluation --------------------------------------------------------------------------------------------------
-
-    def _has_ended(self, stage: ResolvedStage) -> bool:
-        """Whether all batches of the stage that are not skipped have been trained on."""
-        return self.skips.next(self.progress.batch_index) >= stage.end_batch
-
-    def _evaluation_is_due(self, stage: ResolvedStage, since: int | None = None) -> bool:
-        every = self.job.spec.evaluate.every
-        crossed = every is not None and self.job.crosses(every, self.progress.batch_index, since)
-        return crossed or self._has_ended(stage)
-
-    def _evaluate_what_is_owed(self) -> None:
-        """At the beginning; and where a stop cut the evaluation here short, or skipped batches ended a stage."""
-        progress = self.progress
-        stage = self.job.stage_at(progress.batch_index - 1) if progress.batch_index else None
-        at_end = stage is None or self._has_ended(stage)
-        owed = self.world.is_main and (stage is None or self._evaluation_is_due(stage))
-        if owed:
-            done = {
-                event["source"]
-                for event in read_events(self.files.events)
-                if event["event"] == "Evaluated" and event["step"] == progress.step and event["at_stage_end"] >= at_end
-            }
-            not_compared = self.job.spec.evaluate.best is not None and self.best.seen < progress.step
-            owed = not done.issuperset(self.held_out.sources) or not_compared
-        if self.world.any(owed):
-            self._evaluate(stage, at_end=at_end)
-
-    def _evaluate(self, stage: ResolvedStage | None, *, at_end: bool) -> None:
-        """A stop cuts it short, except at the very end of the run, where nothing would make up for it."""
-        progress = self.progress
-        self.beat.enter(Phase.EVALUATE, progress.step)
-        last = self._no_batch_is_left()
-        losses: dict[str, float] = {}
-        for measured in self.held_out.losses(self.engine, lambda: not last and self.stop.requested()):
-            losses[measured.source] = measured.loss
-            self.events.emit(
-                events.Evaluated(
-                    step=progress.step,
-                    stage=stage.name if stage else "start",
-                    source=measured.source,
-                    loss=measured.loss,
-                    tokens=measured.tokens,
-                    pairs=self.job.sources[measured.source].kind == "preference",
-                    consumed_tokens=self.job.consumed_tokens(progress.batch_index),
-                    at_stage_end=at_end,
-                )
-            )
-        # Of the start there is no checkpoint, and none is made while updates are refused.
-        if not self.held_out.cut_short and stage is not None and (last or not self.refusals.pending):
-            self._compare(losses)
-
-    def _compare(self, losses: dict[str, float]) -> None:
-        """Tells whether this evaluation is the best so far, or one too many that is not. The same on all ranks."""
-        spec, step, before = self.job.spec.evaluate, self.progress.step, self.best
-        if spec.best is None:
-            return
-        self.best = best = before.after(step, losses, spec.early_stop)
-        if best.loss is not None and best.step != before.step:
-            name = checkpoint_folder(self.files.checkpoints, step).name
-            self.events.emit(events.BestCheckpoint(step, name, best.source, best.loss))
-        if best is not before and spec.early_stop and best.waited >= spec.early_stop.patience:
-            reason = f"no lower held-out loss ({best.source}) in {best.waited} evaluations"
-            self.events.emit(events.EarlyStopped(step, reason, best.step, best.loss))
+    def _evaluate(self, stage: ResolvedStage | None) -> None:
+        self.beat.enter(Phase.EVALUATE, self.progress.step)
+        self.evaluations.measure(stage, self.progress, comparable=not self.refusals.pending)
 
     # ---- beginning and end -------------------------------------------------------------------------------------------
 
@@ -284,16 +216,15 @@ class _Attempt:
         self.progress = self._accept(restored) if restored else Progress.start()
         begun = [stage for stage in self.job.stages if stage.dpo and stage.first_batch < self.progress.batch_index]
         self.references = References.read(self.files.references(begun[-1].name), begun[-1]) if begun else None
-        self.held_out.references = self.references
+        self.evaluations.held_out.references = self.references
         extra = restored.extra if restored else {}
         recent = Recent.from_json(extra["recent"]) if extra else Recent()
-        self.best = Best.from_json(self.job.spec.evaluate.best or "", extra.get("best"))
+        self.evaluations.restore(extra)
         self.refusals = Refusals(self.job.spec, recent, self.skips, self.files, self.attempt, self.world, self.events)
 
     def _remembered(self) -> dict[str, Any]:
         """What a checkpoint holds besides the engine and the progress."""
-        best = {"best": self.best.to_json()} if self.job.spec.evaluate.best else {}
-        return {"recent": self.refusals.recent.to_json(), **best}
+        return {"recent": self.refusals.recent.to_json(), **self.evaluations.remembered()}
 
     def _accept(self, restored: Restored) -> Progress:
         """Tells of a checkpoint that was loaded. Raises CheckpointError if it does not fit the skipped batches."""
@@ -365,9 +296,10 @@ class _Attempt:
         self.events.emit(events.Finished(self.progress.step, tokens, str(self.files.export)))
 
     def _to_export(self) -> Path:
-        if self.best.step is None:
+        step = self.evaluations.best.step
+        if step is None:
             return complete_checkpoints(self.files.checkpoints)[0]
-        best = checkpoint_folder(self.files.checkpoints, self.best.step)
+        best = checkpoint_folder(self.files.checkpoints, step)
         if reason := verify(best):
             raise CheckpointError(f"{best}: the best one cannot be exported: {reason}; see `ernie export --step`")
         return best
