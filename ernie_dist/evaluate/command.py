@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ernie_dist.evaluate.asking import Candidate, How, ask
 from ernie_dist.evaluate.execution import Limits, check_confinement, pass_table
+from ernie_dist.evaluate.harness import check_tasks, run_tasks
 from ernie_dist.evaluate.page import render
 from ernie_dist.evaluate.questions import Fields, Question, choose_split, guess_layout, read_file, read_prepared
 from ernie_dist.evaluate.results import Judged, Results, compare_all, judge, table
@@ -68,25 +69,37 @@ class Wanted:
 
 def evaluate(wanted: Wanted) -> Path:
     """Asks, measures, writes and prints; returns the page. Raises SpecError or DataError."""
-    names, ks = _metric_names(wanted), _ks(wanted)
+    names, ks, tasks = _metric_names(wanted), _ks(wanted), _parts(wanted.tasks)
     if names and "exec" in names and not wanted.exec_unconfined:
         check_confinement()
+    if tasks:
+        check_tasks(tasks)
     run = Path(wanted.model) if (Path(wanted.model) / "job.json").is_file() else None
     own = run / "evaluation" if run else Path("evaluation") / Path(wanted.model).resolve().name
     folder = Path(wanted.to) if wanted.to else own
-    questions = _sampled(_questions(wanted, run), wanted)
+    questions = [] if tasks and wanted.data is None else _sampled(_questions(wanted, run), wanted)
+    how = _how(wanted, questions)
+    candidates = _candidates(wanted, run)
+    judged = [_judged(who, questions, how, wanted, names, ks, folder) for who in candidates]
+    harness = {who.name: _benchmarks(who, tasks, wanted) for who in candidates if tasks}
+    tuned, base = judged[0], judged[1] if len(judged) > 1 else None
+    settings = {**asdict(wanted), "labels": list(how.labels)}
+    results = Results(tuned, base, questions, compare_all(tuned, base, wanted.seed), settings, harness)
+    return _publish(results, folder, wanted)
+
+
+def _how(wanted: Wanted, questions: Sequence[Question]) -> How:
     sampling = Sampling(
         **{name: getattr(wanted, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")},
         repetition_penalty=wanted.repetition_penalty,
         seed=wanted.seed,
     )
     labels = tuple(sorted({question.label for question in questions if question.label is not None}))
-    how = How(sampling, wanted.samples, wanted.batch_size, labels)
-    judged = [_judged(who, questions, how, wanted, names, ks, folder) for who in _candidates(wanted, run)]
-    tuned, base = judged[0], judged[1] if len(judged) > 1 else None
-    settings = {**asdict(wanted), "labels": list(labels)}
-    results = Results(tuned, base, questions, compare_all(tuned, base, wanted.seed), settings)
-    return _publish(results, folder, wanted)
+    return How(sampling, wanted.samples, wanted.batch_size, labels)
+
+
+def _benchmarks(who: Candidate, tasks: Sequence[str], wanted: Wanted) -> dict[str, Any]:
+    return run_tasks(who.open(None), tasks, batch_size=wanted.batch_size, limit=wanted.limit, seed=wanted.seed)
 
 
 def _candidates(wanted: Wanted, run: Path | None) -> list[Candidate]:
@@ -109,6 +122,8 @@ def _judged(
     ks: Sequence[int],
     folder: Path,
 ) -> Judged:
+    if not questions:
+        return Judged(who.name, (), ())
     asked = ask(who, questions, how, folder / "answers", ranks=wanted.ranks)
     passed: list[list[bool]] = []
     if names and "exec" in names:
@@ -216,7 +231,7 @@ def _sampled(questions: list[Question], wanted: Wanted) -> list[Question]:
 def _metric_names(wanted: Wanted) -> list[str] | None:
     if wanted.metrics is None:
         return None
-    names = [name.strip() for name in wanted.metrics.split(",") if name.strip()]
+    names = _parts(wanted.metrics)
     unknown = [name for name in names if name not in METRICS]
     if unknown or not names:
         raise SpecError(f"--metrics {wanted.metrics}: unknown: {', '.join(unknown)}; there are {', '.join(METRICS)}")
@@ -224,7 +239,7 @@ def _metric_names(wanted: Wanted) -> list[str] | None:
 
 
 def _ks(wanted: Wanted) -> list[int]:
-    ks = [int(text) for text in wanted.k.split(",") if text.strip().isdecimal()]
+    ks = [int(text) if text.isdecimal() else 0 for text in _parts(wanted.k)]
     if not ks or min(ks) < 1 or max(ks) > wanted.samples:
         raise SpecError(
             f"--k {wanted.k}: expected numbers from 1 to --samples ({wanted.samples}), e.g. --samples 9 --k 1,9"
@@ -232,3 +247,7 @@ def _ks(wanted: Wanted) -> list[int]:
     if wanted.samples > 1 and wanted.temperature == 0:
         raise SpecError(f"--samples {wanted.samples}: at temperature 0 all would be the same; give --temperature 0.8")
     return ks
+
+
+def _parts(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]

@@ -126,6 +126,14 @@ def compare_all(tuned: Judged, base: Judged | None, seed: int) -> list[Compared]
 
 def table(results: Results) -> list[str]:
     """Lines for a terminal: value [low, high] of each model, the difference, and whether it is one."""
+    lines = _metric_lines(results) if results.questions else []
+    for model, tasks in results.harness.items():
+        lines.append(f"lm-evaluation-harness, {model}")
+        lines += [f"  {task}  {name}  {value:.4f}" for task, values in tasks.items() for name, value in values.items()]
+    return lines
+
+
+def _metric_lines(results: Results) -> list[str]:
     heads = ["metric", "tuned"] + (["base", "difference", ""] if results.base else [])
     rows = [heads]
     for one in results.compared:

@@ -1,0 +1,248 @@
+"""`ernie eval` counts what training counts, answers alike on any number of ranks, goes on, and says what is wrong."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ernie_dist.batch import stack
+from ernie_dist.data.prepare import prepare
+from ernie_dist.data.resolve import resolve_prepared
+from ernie_dist.data.tokenizer import train_and_publish
+from ernie_dist.evaluate.answer_loss import answer_losses, label_scores
+from ernie_dist.evaluate.asking import Candidate, How, ask
+from ernie_dist.evaluate.questions import Fields, Question, Renderer, choose_split, read_file, read_prepared
+from ernie_dist.inference import ChatModel, Sampling, load
+from ernie_dist.model.build import build_model
+from ernie_dist.model.loss import summed_loss
+from ernie_dist.spec.curriculum import SourceSpec, SplitSpec
+from ernie_dist.spec.errors import DataError
+from ernie_dist.spec.job import parse_job
+from ernie_dist.spec.resolve import ResolvedJob
+from ernie_dist.spec.training import ModelSpec
+from launcher.cli import main
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+MODEL = {"preset": "ernie-4.5-tiny", "override": {**SMALL, "max_position_embeddings": 512}}
+SHORT = How(Sampling(max_new_tokens=6), batch_size=4)
+
+
+def pairs(count: int) -> list[dict[str, str]]:
+    rng = random.Random(0)
+    words = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏"
+    texts = ["".join(rng.choice(words) for _ in range(rng.randint(2, 30))) for _ in range(2 * count)]
+    return [{"ask": f"{texts[2 * n]}？", "answer": f"{texts[2 * n + 1]}。"} for n in range(count)]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data.jsonl, and run/: a job with prepared data and an exported model, not the one that it begins with."""
+    root = tmp_path_factory.mktemp("eval")
+    data = write(root / "data.jsonl", pairs(60))
+    texts = (json.dumps(row, ensure_ascii=False) for row in pairs(60))
+    tokenizer = train_and_publish(texts, 500, root / "tokenizer")
+    raw = {
+        "name": "t",
+        "model": MODEL,
+        "tokenizer": str(tokenizer.folder),
+        "tokens_per_batch": 512,
+        "sources": {"qa": {"path": str(data), "prompt": "ask", "response": "answer"}},
+        "split": {"train": 0.7, "validation": 0.1, "test": 0.2},
+        "curriculum": [{"name": "sft", "duration": "1 epochs", "sequence_length": 128, "mixture": {"qa": 1.0}}],
+        "schedule": {"kind": "constant", "peak": 1e-3},
+        "data_dir": str(root / "prepared"),
+    }
+    job = parse_job(raw, "test")
+    (root / "run").mkdir()
+    resolve_prepared(job, prepare(job, workers=1)).write(root / "run" / "job.json")
+    export(root / "run" / "export", tokenizer.folder, seed=5)
+    return root
+
+
+def export(folder: Path, tokenizer: Path, seed: int) -> None:
+    from transformers import AutoTokenizer
+
+    opened = AutoTokenizer.from_pretrained(tokenizer)
+    build_model(ModelSpec(**MODEL), len(opened), seed, attn_implementation="sdpa").save_pretrained(folder)
+    opened.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def chat(place: Path) -> ChatModel:
+    return load(place / "run", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def questions(place: Path) -> list[Question]:
+    return read_file(SourceSpec(path=str(place / "data.jsonl"), prompt="ask", response="answer"))
+
+
+def test_a_file_is_read_split_and_rendered_as_it_was_prepared(
+    place: Path, chat: ChatModel, questions: list[Question]
+) -> None:
+    """Same rows in the split, same tokens, same labels: what is measured is what was held out."""
+    job = ResolvedJob.read(place / "run" / "job.json")
+    render = Renderer(chat.tokenizer, chat.name)
+    for split in ("train", "validation", "test"):
+        prepared = read_prepared(job, ["qa"], split)
+        chosen = choose_split(questions, split, job.spec.split)
+        assert [(one.text, one.reference) for one in prepared] == [(one.text, one.reference) for one in chosen]
+        for one, other in zip(map(render, prepared), map(render, chosen), strict=True):
+            for field in ("prompt", "ids", "labels"):
+                assert np.array_equal(getattr(one, field), getattr(other, field))
+    prompt = chat.prompt([{"role": "user", "content": questions[0].text}])
+    assert render(questions[0]).prompt.tolist() == prompt
+
+
+def test_answers_cost_what_training_counts(chat: ChatModel, questions: list[Question], place: Path) -> None:
+    """The loss of a padded batch, row by row, is training's loss of each row alone."""
+    rows = [Renderer(chat.tokenizer, chat.name)(question) for question in questions[:5]]
+    trained = build_model(ModelSpec(**MODEL), 500, 0)
+    trained.load_state_dict(chat.model.state_dict())
+    sums, counts = answer_losses(chat, rows)
+    for row, total, count in zip(rows, sums, counts, strict=True):
+        micro = stack([(row.ids, row.labels, np.arange(len(row.ids)), np.array([len(row.ids)]))])
+        with torch.no_grad():
+            assert total == pytest.approx(summed_loss(trained.eval(), micro).item(), rel=1e-5)
+        assert count == (row.labels != -100).sum()
+
+
+def test_a_label_scores_the_probability_of_that_answer(chat: ChatModel, questions: list[Question]) -> None:
+    """With the question read once for all labels; the labels are of different lengths, one begins another."""
+    render = Renderer(chat.tokenizer, chat.name)
+    rows = [render.said(questions[0], label) for label in ("天地", "天地玄黄", "日月盈昃辰宿列张")]
+    whole = [-answer_losses(chat, [row])[0][0] for row in rows]
+    assert label_scores(chat, rows) == pytest.approx(whole, rel=1e-5)
+
+
+def test_an_interrupted_evaluation_goes_on(place: Path, questions: list[Question], tmp_path: Path) -> None:
+    who, some = Candidate(str(place / "run")), questions[:10]
+    whole = ask(who, some, SHORT, tmp_path, device="cpu")
+    (path,) = tmp_path.iterdir()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([*lines[:5], lines[5][:20]]) + "\n", encoding="utf-8")
+    assert ask(who, some, SHORT, tmp_path, device="cpu") == whole
+    assert path.read_text(encoding="utf-8").splitlines()[:5] == lines[:5]  # kept, not asked again
+    before = path.read_bytes()
+    ask(who, some, SHORT, tmp_path, device="cpu")
+    assert path.read_bytes() == before
+    ask(who, some, replace(SHORT, sampling=Sampling(max_new_tokens=5)), tmp_path, device="cpu")
+    assert len(list(tmp_path.iterdir())) == 2  # asked in another way, kept apart
+
+
+@pytest.mark.distributed
+def test_two_ranks_answer_as_one_does(place: Path, questions: list[Question], tmp_path: Path) -> None:
+    who = Candidate(str(place / "run"))
+    for sampling in (Sampling(max_new_tokens=6), Sampling(max_new_tokens=6, temperature=1.0, seed=3)):
+        how = replace(SHORT, sampling=sampling)
+        one = ask(who, questions[:14], how, tmp_path / "one", device="cpu")
+        two = ask(who, questions[:14], how, tmp_path / "two", ranks=2, device="cpu")
+        assert [row.answers for row in one] == [row.answers for row in two]
+        assert [row.loss for row in one] == pytest.approx([row.loss for row in two], rel=1e-5)
+    assert len(list((tmp_path / "two").iterdir())) == 4
+    with pytest.raises(DataError, match="more than the 512 positions"):
+        ask(who, questions[:4], replace(how, sampling=Sampling(max_new_tokens=600)), tmp_path / "three", ranks=2)
+
+
+def test_the_verb_asks_both_models_and_writes_what_it_found(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--max-new-tokens", "6", "--to", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    assert main(["eval", str(place / "run"), *arguments]) == 0
+    table = capsys.readouterr().out
+    assert "rouge_l_words" in table and "not distinguishable from 0" in table
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert found["models"]["base"].endswith("before training") and found["rows"] == len(found["answers"]) > 5
+    base, tuned = (found["metrics"]["loss"][role]["value"] for role in ("base", "tuned"))
+    assert base != tuned  # two models
+    page = (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    assert found["answers"][0]["question"] in page and "http" not in page
+
+
+def test_classification_stays_within_the_labels(place: Path, tmp_path: Path) -> None:
+    labels = ["天", "地玄", "日月盈"]
+    rows = [{"text": f"{pair['ask']}", "label": labels[n % 3]} for n, pair in enumerate(pairs(9))]
+    data = write(tmp_path / "intents.jsonl", rows)
+    command = ["eval", str(place / "run"), "--against", "none", "--data", str(data), "--to", str(tmp_path / "out")]
+    assert main(command) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert {row["tuned"]["answer"] for row in found["answers"]} <= set(labels)
+    matrix = found["confusion"]["tuned"]
+    assert [sum(row) for row in matrix["counts"]] == [3, 3, 3]
+    right = sum(matrix["counts"][n][n] for n in range(3))
+    assert found["metrics"]["accuracy"]["tuned"]["value"] == pytest.approx(100 * right / 9)
+
+
+WRONG = {
+    "unknown fields": ([{"甲": "1", "乙": "2"}], [], "'甲', '乙', which does not tell question from answer"),
+    "empty answer": ([{"input": "一", "output": ""}], [], "data.jsonl:1: turn 2 (assistant) is empty"),
+    "empty file": ([], [], "holds no rows"),
+    "references": ([{"input": "一"}] * 3, ["--prompt", "input", "--references", "REFS"], "3 answers and 2 references"),
+    "too long": (
+        [{"input": "天" * 600, "output": "地"}],
+        [],
+        "more than the 512 positions",
+    ),
+    "metric": ([{"input": "一", "output": "二"}], ["--metrics", "bleurt"], "unknown: bleurt"),
+    "samples": ([{"input": "一", "output": "二"}], ["--samples", "3"], "give --temperature"),
+    "roles": ([{"messages": [{"role": "assistant", "content": "一"}]}], [], "turn 1 is by assistant"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_wrong_is_said_in_one_message(
+    kind: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, options, message = WRONG[kind]
+    data = write(tmp_path / "data.jsonl", rows)
+    (tmp_path / "refs.txt").write_text("一\n二\n", encoding="utf-8")
+    options = [str(tmp_path / "refs.txt") if option == "REFS" else option for option in options]
+    command = ["eval", str(place / "run"), "--data", str(data), "--to", str(tmp_path / "out"), *options]
+    assert main(command) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in "\n".join(line for line in said if "asking" not in line)
+
+
+def test_an_empty_split_says_so(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that set nothing aside: exit code 2 and what to do; with validation rows, those are taken and named."""
+    raw = json.loads((place / "run" / "job.json").read_text(encoding="utf-8"))
+    for name, share, code in (
+        ("both", {"train": 1.0, "validation": 0.0}, 2),
+        ("test", {"train": 0.8, "validation": 0.2}, 0),
+    ):
+        run = tmp_path / name
+        run.mkdir()
+        raw["spec"]["split"] = {**share, "test": 0.0}
+        job = parse_job({**raw["spec"], "data_dir": str(tmp_path / "prepared")}, "test")
+        resolve_prepared(job, prepare(job, workers=1)).write(run / "job.json")
+        (run / "export").symlink_to(place / "run" / "export")
+        assert main(["eval", str(run), "--max-new-tokens", "2", "--against", "none"]) == code
+        out = capsys.readouterr()
+        if code:
+            assert "test split is empty" in out.err and "split: {train: 0.8" in out.err
+        else:
+            assert "asking the validation split" in out.out
+
+
+def test_references_may_stand_beside_the_prompts(tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", [{"q": "一"}, {"q": "二"}])
+    (tmp_path / "refs.txt").write_text("甲\n乙\n", encoding="utf-8")
+    source = SourceSpec(path=str(data), prompt="q", response="q")
+    found = read_file(source, Fields(references=tmp_path / "refs.txt"))
+    assert [(one.text, one.reference) for one in found] == [("一", "甲"), ("二", "乙")]
+
+
+def test_splits_are_those_of_the_content(questions: list[Question]) -> None:
+    shares = SplitSpec(train=0.5, validation=0.25, test=0.25)
+    parts = [choose_split(questions, split, shares) for split in ("train", "validation", "test")]
+    assert sum(map(len, parts)) == len(questions) and all(parts)
