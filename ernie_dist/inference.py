@@ -68,11 +68,12 @@ class Sampling:
 
     def arguments(self) -> dict[str, Any]:
         """For `generate`, every one named: what a model's own generation config says does not count."""
-        chance = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        # transformers takes no 1 for 1.0, nor a slider's 5.0 for 5
+        chance = {"temperature": float(self.temperature), "top_p": float(self.top_p), "top_k": int(self.top_k)}
         return {
-            "max_new_tokens": self.max_new_tokens,
+            "max_new_tokens": int(self.max_new_tokens),
             "do_sample": self.temperature > 0,
-            "repetition_penalty": self.repetition_penalty,
+            "repetition_penalty": float(self.repetition_penalty),
             **(chance if self.temperature > 0 else {"temperature": None, "top_p": None, "top_k": None}),
         }
 

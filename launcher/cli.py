@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     at["stop"].add_argument("--wait", action="store_true", help="return when the run has stopped")
     _add_model_options(at["chat"])
+    at["chat"].add_argument("--seed", type=int, metavar="N", help="makes chance repeatable (default: another each time)")
     _add_serve_options(at["serve"])
     at["export"].add_argument("--to", required=True, metavar="DIR", help="folder to write")
     at["export"].add_argument("--adapter-only", action="store_true", help="the LoRA adapter alone, for peft")
@@ -138,7 +139,6 @@ def _add_model_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--top-k", type=int, default=0, help="the k likeliest tokens (0: all)")
     verb.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: says less of it again (1)")
     verb.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="length of an answer at most (512)")
-    verb.add_argument("--seed", type=int, metavar="N", help="makes chance repeatable (default: another each time)")
     verb.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     verb.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="default: bf16 on a GPU, else fp32")
 

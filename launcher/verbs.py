@@ -143,7 +143,7 @@ def export(options: Namespace) -> None:
 def chat(options: Namespace) -> None:
     from ernie_dist.serve.console import chat as talk
 
-    sampling = _sampling(options)
+    sampling = _sampling(options, seed=random.randrange(1 << 32) if options.seed is None else options.seed)
     talk(_model(options.model, options), sampling, options.system)
 
 
@@ -164,12 +164,11 @@ def serve(options: Namespace) -> None:
     run(models, page, host=options.host, port=options.port, auth=auth)
 
 
-def _sampling(options: Namespace) -> Any:
+def _sampling(options: Namespace, **more: Any) -> Any:
     from ernie_dist.inference import Sampling
 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
-    seed = random.randrange(1 << 32) if options.seed is None else options.seed
-    return Sampling(**{name: getattr(options, name) for name in names}, seed=seed)
+    return Sampling(**{name: getattr(options, name) for name in names}, **more)
 
 
 def _model(folder: str, options: Namespace) -> Any:

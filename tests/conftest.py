@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,17 +102,17 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Taught:
 
 
 @pytest.fixture(scope="session")
-def read_back() -> Callable[[Path], list[list[tuple[str, str, bool]]]]:
-    """Reads a file of conversations as a job would: (role, content, counts) of every turn of each."""
+def read_back() -> Callable[..., list[Any]]:
+    """Reads a file of conversations as a job would: (role, content, counts) of every turn of each; or of pairs."""
     from ernie_dist.data.documents import document_maker
     from ernie_dist.data.readers import find_inputs, line_encoding, parse_block, read_blocks
     from ernie_dist.spec.curriculum import SourceSpec
 
-    def read(path: Path) -> list[list[tuple[str, str, bool]]]:
-        source = SourceSpec(path=str(path), conversation="messages")
+    def read(path: Path, **layout: str) -> list[Any]:
+        source = SourceSpec(path=str(path), **(layout or {"conversation": "messages"}))
         document = document_maker(source)
         blocks = read_blocks(source, find_inputs("chat", source))
         rows = [located.row for block in blocks for located in parse_block(block, line_encoding(source))]
-        return [[tuple(turn) for turn in document(row)] for row in rows]
+        return [document(row) if layout else [tuple(turn) for turn in document(row)] for row in rows]
 
     return read

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,14 @@ _FONT = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "san
 
 def add_page(app: FastAPI, models: Sequence[ChatModel], sampling: Sampling, system: str, feedback: Path) -> None:
     """Mounts the page at /. Sliders begin at `sampling`; thumbs go to `feedback` and its neighbours."""
-    sides = _names(models)
+    names = _names(models)
     with gr.Blocks(title="ernie", analytics_enabled=False, fill_height=True) as page:
         state = gr.State([Conversation() for _ in models])
         with gr.Row(scale=1):
-            chats = [gr.Chatbot(label=name, height="60vh", buttons=["copy"], latex_delimiters=[]) for name in sides]
+            chats = [
+                gr.Chatbot(label=name, height="60vh", buttons=["copy"], latex_delimiters=[], elem_id=f"side-{number}")
+                for number, name in enumerate(names)
+            ]
         with gr.Row():
             question = gr.Textbox(
                 placeholder="问点什么 / ask something", show_label=False, scale=8, autofocus=True, elem_id="question"
@@ -49,9 +54,8 @@ def add_page(app: FastAPI, models: Sequence[ChatModel], sampling: Sampling, syst
             for event in (question.submit, send.click)
         ]
         stop.click(None, cancels=asking, queue=False)
-        clear.click(
-            lambda: ([Conversation() for _ in models], *([] for _ in models)), None, [state, *chats], cancels=asking
-        )
+        for begin_anew in (clear.click, *(chat.clear for chat in chats)):
+            begin_anew(lambda: ([Conversation() for _ in models], *([] for _ in models)), None, [state, *chats], cancels=asking)
         for number, chat in enumerate(chats):
             chat.like(_thumb(feedback, number), [state], None)
     page.queue(default_concurrency_limit=1)
@@ -72,13 +76,7 @@ def _sliders(sampling: Sampling, context: int) -> list[Any]:
         gr.Slider(0, max(2.0, sampling.temperature), sampling.temperature, step=0.05, label="temperature"),
         gr.Slider(0.05, 1, sampling.top_p, step=0.05, label="top_p"),
         gr.Slider(0, max(200, sampling.top_k), sampling.top_k, step=1, label="top_k (0: all)"),
-        gr.Slider(
-            0.5,
-            max(2.0, sampling.repetition_penalty),
-            sampling.repetition_penalty,
-            step=0.05,
-            label="repetition_penalty",
-        ),
+        gr.Slider(0.5, max(2.0, sampling.repetition_penalty), sampling.repetition_penalty, step=0.05, label="repetition_penalty"),
         gr.Slider(1, longest, min(sampling.max_new_tokens, longest), step=1, label="max_new_tokens"),
     ]
 
@@ -92,7 +90,7 @@ def _answerer(models: Sequence[ChatModel]) -> Callable[..., Iterator[Any]]:
         if not question.strip():
             yield question, sides, *_shown(sides)
             return
-        sampling = Sampling(**dict(zip(_SETTINGS, settings, strict=True)))
+        sampling = Sampling(**dict(zip(_SETTINGS, settings, strict=True)), seed=secrets.randbelow(1 << 32))
         for side in sides:
             side.system = system.strip()
             side.ask(question)
@@ -106,7 +104,7 @@ def _answerer(models: Sequence[ChatModel]) -> Callable[..., Iterator[Any]]:
                     side.hear(piece)
                     yield "", sides, *_shown(sides)
             except ErnieError as error:
-                gr.Warning(str(error))
+                gr.Warning(html.escape(str(error)))
             side.settle()
             yield "", sides, *_shown(sides)
 
@@ -124,8 +122,8 @@ def _thumb(feedback: Path, number: int) -> Callable[..., None]:
         try:
             written = record(feedback, sides, number, data.index, liked=data.liked)
         except ErnieError as error:
-            gr.Warning(str(error))
+            gr.Warning(html.escape(str(error)))
         else:
-            gr.Info(f"kept in {', '.join(map(str, written))}")
+            gr.Info(html.escape(f"kept in {', '.join(map(str, written))}"))
 
     return thumb

@@ -46,7 +46,7 @@ def test_an_answer_is_the_same_alone_in_a_batch_streamed_and_in_plain_transforme
 
 def test_chance_is_repeatable_and_streams_as_it_answers(tuned: ChatModel) -> None:
     for seed in (1, 2):
-        how = Sampling(max_new_tokens=40, temperature=3.0, top_k=50, seed=seed)
+        how = Sampling(max_new_tokens=40, temperature=3, top_k=50, seed=seed)
         whole = tuned.answers([tuned.prompt(asked("你好"))], how)[0]
         assert "".join(tuned.stream(asked("你好"), how)) == whole.text
     other = Sampling(max_new_tokens=40, temperature=3.0, top_k=50, seed=3)
