@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -15,7 +14,7 @@ import torch
 
 from ernie_dist.batch import Batch
 from ernie_dist.best import Best
-from ernie_dist.checkpoint import CheckpointStore, Restored, verify
+from ernie_dist.checkpoint import CheckpointStore, Restored, refuse_full_disk, verify
 from ernie_dist.data.loader import BatchLoader, load_batches
 from ernie_dist.engine.base import Engine
 from ernie_dist.engine.replicas import refuse_difference
@@ -31,12 +30,13 @@ from ernie_dist.guard import Recent
 from ernie_dist.heartbeat import Heartbeat, Phase
 from ernie_dist.meter import Meter
 from ernie_dist.model.build import build_model
-from ernie_dist.model.loss import summed_loss
+from ernie_dist.model.loss import answer_log_probabilities, summed_loss
 from ernie_dist.preflight import preflight
 from ernie_dist.progress import Progress
+from ernie_dist.references import References
 from ernie_dist.rewind import Refusals, check_position
 from ernie_dist.schedule import learning_rate
-from ernie_dist.spec.errors import CheckpointError, EnvironmentProblem, RanksDiffer
+from ernie_dist.spec.errors import CheckpointError, RanksDiffer
 from ernie_dist.spec.lease import refuse_if_lost
 from ernie_dist.spec.resolve import ResolvedJob, ResolvedStage
 from ernie_dist.spec.run_files import RunFiles, checkpoint_folder, complete_checkpoints, read_state
@@ -67,7 +67,7 @@ class _Attempt:
         self.engine = _build_engine(job, world)
         self.fence = partial(refuse_if_lost, files.root, attempt)
         self.store = CheckpointStore(files.checkpoints, job, world, before_publishing=self.fence)
-        _refuse_full_disk(files, job, self.engine)
+        refuse_full_disk(files.checkpoints, job, self.engine.parameters)
         # The rank's own log is where `ernie logs` looks, also once the terminal is gone.
         sinks = [*build_sinks(job, files, console), ConsoleSink(sys.stdout)] if world.is_main else []
         self.events = events.EventBus(sinks)
@@ -95,9 +95,14 @@ class _Attempt:
             self.events.emit(events.Stopped(self.progress.step, self.stop.reason()))
         for batch in self._batches(none=stopping or self._is_over()):
             since, self.progress = self.progress.batch_index, self.progress.skipping_to(batch.index)
-            beat.enter(Phase.FIRST_STEP if stage is None else Phase.STEP, self.progress.step + 1)
+            phase = Phase.FIRST_STEP if stage is None else Phase.STEP
             if stage is None or batch.index >= stage.end_batch:
                 stage = self._begin_stage(batch)
+                stopping = stage.dpo is not None and since <= stage.first_batch and not self._ask_references(stage)
+                if stopping:
+                    break
+            beat.enter(phase, self.progress.step + 1)
+            batch = self.references.of_batch(batch) if stage.dpo and self.references else batch
             rate = learning_rate(job, self.progress)
             result = engine.step(batch, rate, accepts=refusals.accepts(stage.name), flag=self.stop.pending)
             self.progress = self.progress.after(batch.sequence_ids)
@@ -149,6 +154,25 @@ class _Attempt:
         self.events.emit(events.StageStarted(self.progress.step, stage.name, number, stage.batches, tokens))
         return stage
 
+    def _ask_references(self, stage: ResolvedStage) -> bool:
+        """Asks the model about a preference stage's pairs, before its first step. False if a stop came first."""
+        self.beat.enter(Phase.EVALUATE, self.progress.step)
+        found = References.measure(
+            self.job, stage, self.engine, self.world, answer_log_probabilities, self.stop.requested
+        )
+        if found is None:
+            saving = self.progress.step > 0 and self.stop.save_fits()
+            if saving:
+                self.store.save(self.engine, self.progress, self._remembered())
+            self._tell_of_saves(wait=True)
+            self.events.emit(self._stopped(saved=saving))
+            return False
+        if self.world.is_main:
+            self.fence()
+            found.write(self.files.references(stage.name))
+        self.references = self.held_out.references = found
+        return True
+
     def _record(self, batch: Batch, stage: ResolvedStage, rate: float, result: Any) -> None:
         progress, slowest = self.progress, self.busy.add(self.meter.reading + result.busy_seconds)
         speed, mfu = self.meter.step(stage)
@@ -166,6 +190,7 @@ class _Attempt:
                 mfu=mfu,
                 attempt=self.attempt,
                 batch_hash=progress.batch_hash,
+                **dict(zip(("preference_accuracy", "preference_margin"), result.figures, strict=False)),
                 applied=result.applied,
                 slowest_rank=slowest.rank if slowest else None,
                 rank_imbalance=slowest.imbalance if slowest else None,
@@ -207,7 +232,7 @@ class _Attempt:
                 if event["event"] == "Evaluated" and event["step"] == progress.step and event["at_stage_end"] >= at_end
             }
             not_compared = self.job.spec.evaluate.best is not None and self.best.seen < progress.step
-            owed = bool(self.held_out.sources - done) or not_compared
+            owed = not_compared or not done.issuperset(self.held_out.sources)
         if self.world.any(owed):
             self._evaluate(stage, at_end=at_end)
 
@@ -226,6 +251,7 @@ class _Attempt:
                     source=measured.source,
                     loss=measured.loss,
                     tokens=measured.tokens,
+                    pairs=self.job.sources[measured.source].kind == "preference",
                     consumed_tokens=self.job.consumed_tokens(progress.batch_index),
                     at_stage_end=at_end,
                 )
@@ -252,6 +278,9 @@ class _Attempt:
     def _restore(self) -> None:
         restored = self.store.restore(self.engine)
         self.progress = self._accept(restored) if restored else Progress.start()
+        begun = [stage for stage in self.job.stages if stage.dpo and stage.first_batch < self.progress.batch_index]
+        self.references = References.read(self.files.references(begun[-1].name), begun[-1]) if begun else None
+        self.held_out.references = self.references
         extra = restored.extra if restored else {}
         recent = Recent.from_json(extra["recent"]) if extra else Recent()
         self.best = Best.from_json(self.job.spec.evaluate.best or "", extra.get("best"))
@@ -362,18 +391,3 @@ def _lost(files: RunFiles, job: ResolvedJob, progress: Progress) -> dict[str, An
     since = max((step["time"] for step in steps if step["step"] == progress.step), default=again[0]["time"])
     tokens = again[-1]["consumed_tokens"] - job.consumed_tokens(progress.batch_index)
     return {"lost_steps": len(again), "lost_tokens": tokens, "lost_seconds": again[-1]["time"] - since}
-
-
-def _refuse_full_disk(files: RunFiles, job: ResolvedJob, engine: Engine) -> None:
-    """A run that cannot write its checkpoints had better not begin. One that has begun goes on until it cannot."""
-    if complete_checkpoints(files.checkpoints):
-        return
-    size = 16 * engine.parameters  # fp32 weights and masters, two moments
-    needed = size * (job.spec.checkpoint.keep_last + 1 + (job.spec.evaluate.best is not None))
-    free = shutil.disk_usage(files.root).free
-    if free < needed:
-        raise EnvironmentProblem(
-            f"{files.root}: {free:,} bytes are free, checkpoints of {size:,} bytes need {needed:,} "
-            f"(keep_last {job.spec.checkpoint.keep_last}, and one being written); free space or lower "
-            "checkpoint.keep_last"
-        )

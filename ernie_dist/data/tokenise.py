@@ -170,7 +170,7 @@ def _start_worker(tokenizer: PublishedTokenizer) -> None:
 def encode_block(block: Block, source: SourceSpec, encode: bool) -> Encoded:
     """Rows -> documents -> tokens; without `encode` the rows are only checked. Runs in a worker."""
     assert _encoder is not None
-    read, is_chat = row_reader(source), source.kind == "chat"
+    read = row_reader(source)
     documents: list[Any] = []
     digests: list[int] = []
     bad: list[BadLine] = []
@@ -183,8 +183,7 @@ def encode_block(block: Block, source: SourceSpec, encode: bool) -> Encoded:
                 raise BadRow(row.reason)
             marked = read(row)
             for document, _ in marked:
-                if not isinstance(document, str):
-                    _encoder.check(document)
+                _encoder.check(document)
         except LeftOut as reason:
             left_out[str(reason)] += 1
         except BadRow as error:
@@ -195,7 +194,7 @@ def encode_block(block: Block, source: SourceSpec, encode: bool) -> Encoded:
             digests += [digest for _, digest in marked]
     if not encode:
         documents, digests = [], []
-    encoding = _encoder.encode_conversations(documents) if is_chat else _encoder.encode_text(documents)
+    encoding = _encoder.encode(source.kind, documents)
     marks = np.array(digests, np.uint64)
     return Encoded(rows, encoding.tokens, encoding.mask, encoding.lengths, marks, bad, dict(left_out))
 
@@ -280,7 +279,7 @@ class _ShardWriter:
         self._aside = folder / f"{number:05d}.partial"
         self._token_type = np.dtype(token_type)
         names = ("tokens.bin", "lengths.bin", "digests.bin", "bad.jsonl", "mask.bin")
-        self._names = names if kind == "chat" else names[:-1]
+        self._names = names[:-1] if kind == "text" else names
         self._files: dict[str, BinaryIO] = {}
         self._rows = self._documents = self._tokens = self._bad = 0
         self._left_out: Counter[str] = Counter()

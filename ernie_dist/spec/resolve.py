@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from ernie_dist.spec.curriculum import StageSpec
+from ernie_dist.spec.curriculum import DpoSpec, Kind, StageSpec
 from ernie_dist.spec.ds_config import partitioning, read_ds_config, zero_stage
 from ernie_dist.spec.errors import RunDirError
 from ernie_dist.spec.job import JobSpec, fingerprint
@@ -44,7 +44,7 @@ class ResolvedSource(Strict):
 
     folder: str
     fingerprint: str
-    kind: Literal["text", "chat"]
+    kind: Kind
     packed: dict[int, PackedLength]
     held_out: bool
     """whether there are validation documents"""
@@ -68,6 +68,7 @@ class ResolvedStage(Strict):
     micro_batch_size: int
     mixture: dict[str, float]
     loss: Literal["answers", "last_answer", "all"]
+    dpo: DpoSpec | None
     freeze: tuple[str, ...]
     schedule: ScheduleSpec
     schedule_first_token: int
@@ -227,6 +228,11 @@ def resolve(spec: JobSpec, tokenizer: ResolvedTokenizer, sources: Mapping[str, R
         problems.append(
             Problem("evaluate.best", "there are no held-out documents to measure; give split.validation a share", best)
         )
+    if best == ALL_SOURCES and len(sources) > 1 and any(one.kind == "preference" for one in sources.values()):
+        remedy = "name one source"
+        problems.append(
+            Problem("evaluate.best", f"losses of texts and of pairs of answers have no mean: {remedy}", best)
+        )
     if problems:
         raise refuse(f"the data of {spec.name}", problems)
 
@@ -285,6 +291,7 @@ def _resolve_stage(
         micro_batch_size=stage.micro_batch_size or spec.engine.micro_batch_size,
         mixture=stage.mixture,
         loss=stage.loss,
+        dpo=stage.dpo,
         freeze=stage.freeze,
         schedule=schedule,
         schedule_first_token=0,
