@@ -32,8 +32,10 @@ class Best:
     def after(self, step: int, losses: Mapping[str, float], early_stop: EarlyStopSpec | None) -> Best:
         """With the evaluation after `step` taken into account: losses of all sources. One seen before adds nothing."""
         counted = [loss for source, loss in losses.items() if self.source in (source, ALL_SOURCES)]
-        if step <= self.seen or not counted:
+        if step <= self.seen:
             return self
+        if not counted:  # pairs of answers are not measured before their stage
+            return replace(self, seen=step)
         loss = math.fsum(counted) / len(counted)
         if not math.isfinite(loss):
             return replace(self, seen=step, waited=self.waited + 1)

@@ -27,7 +27,13 @@ from typing import Any
 from ernie_dist.engine.base import Engine
 from ernie_dist.engine.select import convert, refuse_code
 from ernie_dist.progress import Progress
-from ernie_dist.spec.errors import CheckpointError, CheckpointReadError, CheckpointWriteError, ErnieError
+from ernie_dist.spec.errors import (
+    CheckpointError,
+    CheckpointReadError,
+    CheckpointWriteError,
+    EnvironmentProblem,
+    ErnieError,
+)
 from ernie_dist.spec.layout import EngineLayout
 from ernie_dist.spec.resolve import ResolvedJob
 from ernie_dist.spec.run_files import PROGRESS, best_checkpoint, checkpoint_folder, complete_checkpoints, read_state
@@ -341,6 +347,22 @@ def _empty(folder: Path) -> None:
 
 def _write_files(aside: Path, files: dict[str, Any]) -> dict[str, Any]:
     return {f"{_ENGINE}/{name}": write_state(aside / _ENGINE / name, state) for name, state in files.items()}
+
+
+def refuse_full_disk(folder: Path, job: ResolvedJob, parameters: int) -> None:
+    """A run that cannot write its checkpoints had better not begin. One that has begun goes on until it cannot."""
+    if complete_checkpoints(folder):
+        return
+    keep_last, best = job.spec.checkpoint.keep_last, job.spec.evaluate.best is not None
+    size = 16 * parameters  # fp32 weights and masters, two moments
+    needed = size * (keep_last + best + 1)
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed:
+        raise EnvironmentProblem(
+            f"{folder.parent}: {free:,} bytes are free, checkpoints of {size:,} bytes need {needed:,} "
+            f"(keep_last {keep_last}{', the best' * best}, and one being written); free space or lower "
+            "checkpoint.keep_last"
+        )
 
 
 def _refuse_no_room(folder: Path) -> None:

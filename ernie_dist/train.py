@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +13,7 @@ from typing import IO, Any
 import torch
 
 from ernie_dist.batch import Batch
-from ernie_dist.checkpoint import CheckpointStore, Restored, verify
+from ernie_dist.checkpoint import CheckpointStore, Restored, refuse_full_disk, verify
 from ernie_dist.data.loader import BatchLoader, load_batches
 from ernie_dist.engine.base import Engine
 from ernie_dist.engine.replicas import refuse_difference
@@ -37,7 +36,7 @@ from ernie_dist.progress import Progress
 from ernie_dist.references import References
 from ernie_dist.rewind import Refusals, check_position
 from ernie_dist.schedule import learning_rate
-from ernie_dist.spec.errors import CheckpointError, EnvironmentProblem, RanksDiffer
+from ernie_dist.spec.errors import CheckpointError, RanksDiffer
 from ernie_dist.spec.lease import refuse_if_lost
 from ernie_dist.spec.resolve import ResolvedJob, ResolvedStage
 from ernie_dist.spec.run_files import RunFiles, checkpoint_folder, complete_checkpoints, read_state
@@ -70,7 +69,7 @@ class _Attempt:
         self.store = CheckpointStore(
             files.checkpoints, job, world, base=_base(job, world), before_publishing=self.fence
         )
-        _refuse_full_disk(files, job, self.engine)
+        refuse_full_disk(files.checkpoints, job, self.engine.trainable)
         # The rank's own log is where `ernie logs` looks, also once the terminal is gone.
         sinks = [*build_sinks(job, files, console), ConsoleSink(sys.stdout)] if world.is_main else []
         self.events = events.EventBus(sinks)
@@ -336,18 +335,3 @@ def _lost(files: RunFiles, job: ResolvedJob, progress: Progress) -> dict[str, An
     since = max((step["time"] for step in steps if step["step"] == progress.step), default=again[0]["time"])
     tokens = again[-1]["consumed_tokens"] - job.consumed_tokens(progress.batch_index)
     return {"lost_steps": len(again), "lost_tokens": tokens, "lost_seconds": again[-1]["time"] - since}
-
-
-def _refuse_full_disk(files: RunFiles, job: ResolvedJob, engine: Engine) -> None:
-    """A run that cannot write its checkpoints had better not begin. One that has begun goes on until it cannot."""
-    if complete_checkpoints(files.checkpoints):
-        return
-    size = 16 * engine.trainable  # fp32 weights and masters, two moments
-    needed = size * (job.spec.checkpoint.keep_last + 1 + (job.spec.evaluate.best is not None))
-    free = shutil.disk_usage(files.root).free
-    if free < needed:
-        raise EnvironmentProblem(
-            f"{files.root}: {free:,} bytes are free, checkpoints of {size:,} bytes need {needed:,} "
-            f"(keep_last {job.spec.checkpoint.keep_last}, and one being written); free space or lower "
-            "checkpoint.keep_last"
-        )

@@ -152,7 +152,8 @@ def serve(options: Namespace) -> None:
 
     auth = read_auth(options.auth)
     check_host(options.host, auth)
-    from ernie_dist.serve.server import Page, serve as run
+    from ernie_dist.serve.server import Page
+    from ernie_dist.serve.server import serve as run
 
     page = None
     if not options.api_only:

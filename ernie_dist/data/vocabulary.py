@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ernie_dist.data.documents import BadRow, LeftOut, Turn, row_reader, turns
+from ernie_dist.data.documents import BadRow, LeftOut, row_reader, turns
 from ernie_dist.data.inputs import Input
 from ernie_dist.data.readers import Broken, line_encoding, parse_block, read_blocks
 from ernie_dist.data.split import SPLITS, split_of
@@ -38,9 +38,5 @@ def training_texts(sources: list[tuple[SourceSpec, list[Input], SplitSpec]]) -> 
                         continue
                     if SPLITS[int(split_of(np.array([value], np.uint64), split)[0])] == "train":
                         yield from (
-                            [document] if isinstance(document, str) else (turn.content for turn in turns(document))
+                            (document,) if isinstance(document, str) else (turn.content for turn in turns(document))
                         )
-
-
-def _content(turn: Turn) -> str:
-    return turn.content

@@ -111,7 +111,7 @@ class Evaluations:
             name = checkpoint_folder(self._files.checkpoints, step).name
             self._events.emit(events.BestCheckpoint(step, name, best.source, best.loss))
         if best is not before and spec.early_stop and best.waited >= spec.early_stop.patience:
-            reason = f"no lower held-out loss of {best.source} in {best.waited} evaluations"
+            reason = f"no lower held-out loss ({best.source}) in {best.waited} evaluations"
             self._events.emit(events.EarlyStopped(step, reason, best.step, best.loss))
 
     def _at_end(self, stage: ResolvedStage | None, progress: Progress) -> bool:

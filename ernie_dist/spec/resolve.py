@@ -229,6 +229,11 @@ def resolve(spec: JobSpec, tokenizer: ResolvedTokenizer, sources: Mapping[str, R
         problems.append(
             Problem("evaluate.best", "there are no held-out documents to measure; give split.validation a share", best)
         )
+    if best == ALL_SOURCES and len(sources) > 1 and any(one.kind == "preference" for one in sources.values()):
+        remedy = "name one source"
+        problems.append(
+            Problem("evaluate.best", f"losses of texts and of pairs of answers have no mean: {remedy}", best)
+        )
     if problems:
         raise refuse(f"the data of {spec.name}", problems)
 

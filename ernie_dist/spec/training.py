@@ -10,7 +10,6 @@ from pydantic import Field, field_validator, model_validator
 from ernie_dist.spec.quantity import Count, Interval, Quantity, Span, Unit
 from ernie_dist.spec.strict import Strict
 
-
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LINEARS: tuple[Linear, ...] = get_args(Linear)
 """every linear layer of a block; the router of experts, and experts that are one tensor, are none"""
