@@ -1,4 +1,4 @@
-"""`--tasks`: a benchmark of lm-evaluation-harness from a local file; without the harness one line says how to get it."""
+"""`--tasks`: a benchmark of lm-evaluation-harness from a local file, or one line that says how to get the harness."""
 
 import importlib.util
 import json
