@@ -111,7 +111,7 @@ def read_answers(folder: Path, key: str) -> dict[int, Asked]:
     """{number of the question: what was written}; a line that was cut off by a crash does not count."""
     found: dict[int, Asked] = {}
     for path in sorted(folder.glob(f"{key}.rank-*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except ValueError:
@@ -147,6 +147,8 @@ def _work(task: _Task, done: frozenset[int], rank: int, ranks: int, progress: Ca
     size = task.how.batch_size
     batches = [by_length[first : first + size] for first in range(0, len(rows), size)]
     with open(f"{task.path}.rank-{rank}.jsonl", "a", encoding="utf-8") as file:
+        if file.tell():
+            file.write("\n")  # after a crash the last line may have no end
         for number, batch in list(enumerate(batches))[rank::ranks]:
             missing = [one for one in batch if one not in done]
             if not missing:
@@ -173,9 +175,11 @@ def _batch(
     chat: ChatModel, render: Renderer, task: _Task, rows: Sequence[Rendered], batch: Sequence[int], number: int
 ) -> list[Asked]:
     asked, how = [rows[one] for one in batch], task.how
-    sums, counts = answer_losses(chat, asked)
-    known = [task.questions[one].reference is not None for one in batch]
-    losses = [(float(sums[at]), int(counts[at])) if known[at] else (None, 0) for at in range(len(batch))]
+    known = [at for at, one in enumerate(batch) if task.questions[one].reference is not None]
+    losses: list[tuple[float | None, int]] = [(None, 0)] * len(batch)
+    if known:
+        for at, total, count in zip(known, *answer_losses(chat, [asked[at] for at in known]), strict=True):
+            losses[at] = (float(total), int(count))
     if how.labels:
         return [_classified(chat, render, task, one, loss) for one, loss in zip(batch, losses, strict=True)]
     prompts = [row.prompt.tolist() for row in asked]

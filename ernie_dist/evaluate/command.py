@@ -206,7 +206,7 @@ def _source(wanted: Wanted, job: ResolvedJob | None) -> tuple[SourceSpec, Fields
     given = {name: getattr(wanted, name) for name in ("prompt", "response", "conversation", "label")}
     layout: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if "prompt" not in layout and "conversation" not in layout:
-        layout = {**guess_layout(wanted.data, wanted.encoding), **layout}
+        layout = {**guess_layout(wanted.data, wanted.encoding, answered=references is None), **layout}
     label = layout.pop("label", None)
     answered = "response" in layout or "conversation" in layout or label is not None
     if "prompt" in layout:

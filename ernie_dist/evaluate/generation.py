@@ -30,13 +30,12 @@ class Answered:
 
 
 def untrained(run_dir: Path, device: str | None = None) -> ChatModel:
-    """A run's model as it was before its first step: what it starts from, or random weights of the same seed."""
+    """A run's model before its first step, in fp32: the weights it starts from, or random ones of the same seed."""
     job = ResolvedJob.read(RunFiles(run_dir).job)
     model = build_model(job.spec.model, job.tokenizer.vocab_size, job.spec.seed, attn_implementation="sdpa")
     tokenizer = give_template(AutoTokenizer.from_pretrained(job.tokenizer.folder, trust_remote_code=False))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    return ChatModel(model.to(device, dtype), tokenizer, f"{run_dir} before training")
+    return ChatModel(model.to(device), tokenizer, f"{run_dir} before training")
 
 
 def before_and_after(

@@ -110,10 +110,11 @@ def read_file(source: SourceSpec, fields: Fields = Fields()) -> list[Question]:
     return _with_references(found, fields.references) if fields.references else found
 
 
-def guess_layout(path: str, encoding: str) -> dict[str, str]:
+def guess_layout(path: str, encoding: str, *, answered: bool = True) -> dict[str, str]:
     """How rows of this file become conversations, by the names in its first row: fields of SourceSpec.
 
-    `prompt` without `response`: there is no answer, but perhaps a `label` or `tests`. Raises DataError.
+    `prompt` without `response`: there is no answer, but a `label` or `tests`, or it is not `answered` here. Raises
+    DataError.
     """
     row = _first_row(SourceSpec(path=path, encoding=encoding, text="text"))
     for field, layout in _LAYOUTS.items():
@@ -123,7 +124,7 @@ def guess_layout(path: str, encoding: str) -> dict[str, str]:
         if prompt in row and response in row:
             return {"prompt": prompt, "response": response}
     prompt = next((name for name, _ in _FIELDS if name in row), "text" if "text" in row else None)
-    if prompt is not None and ("label" in row or "tests" in row):
+    if prompt is not None and ("label" in row or "tests" in row or not answered):
         return {"prompt": prompt, **({"label": "label"} if "label" in row else {})}
     raise DataError(
         f"{path}: its rows have {', '.join(map(repr, row)) or 'no fields'}, which does not tell question from answer; "

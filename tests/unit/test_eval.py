@@ -21,7 +21,6 @@ from ernie_dist.inference import ChatModel, Sampling, load
 from ernie_dist.model.build import build_model
 from ernie_dist.model.loss import summed_loss
 from ernie_dist.spec.curriculum import SourceSpec, SplitSpec
-from ernie_dist.spec.errors import DataError
 from ernie_dist.spec.job import parse_job
 from ernie_dist.spec.resolve import ResolvedJob
 from ernie_dist.spec.training import ModelSpec
@@ -130,7 +129,7 @@ def test_an_interrupted_evaluation_goes_on(place: Path, questions: list[Question
     whole = ask(who, some, SHORT, tmp_path, device="cpu")
     (path,) = tmp_path.iterdir()
     lines = path.read_text(encoding="utf-8").splitlines()
-    path.write_text("\n".join([*lines[:5], lines[5][:20]]) + "\n", encoding="utf-8")
+    path.write_bytes("\n".join([*lines[:5], lines[5]]).encode()[:-40])  # in the middle of a line
     assert ask(who, some, SHORT, tmp_path, device="cpu") == whole
     assert path.read_text(encoding="utf-8").splitlines()[:5] == lines[:5]  # kept, not asked again
     before = path.read_bytes()
@@ -150,8 +149,6 @@ def test_two_ranks_answer_as_one_does(place: Path, questions: list[Question], tm
         assert [row.answers for row in one] == [row.answers for row in two]
         assert [row.loss for row in one] == pytest.approx([row.loss for row in two], rel=1e-5)
     assert len(list((tmp_path / "two").iterdir())) == 4
-    with pytest.raises(DataError, match="more than the 512 positions"):
-        ask(who, questions[:4], replace(how, sampling=Sampling(max_new_tokens=600)), tmp_path / "three", ranks=2)
 
 
 def test_the_verb_asks_both_models_and_writes_what_it_found(
@@ -187,7 +184,7 @@ WRONG = {
     "unknown fields": ([{"甲": "1", "乙": "2"}], [], "'甲', '乙', which does not tell question from answer"),
     "empty answer": ([{"input": "一", "output": ""}], [], "data.jsonl:1: turn 2 (assistant) is empty"),
     "empty file": ([], [], "holds no rows"),
-    "references": ([{"input": "一"}] * 3, ["--prompt", "input", "--references", "REFS"], "3 answers and 2 references"),
+    "references": ([{"input": "一"}] * 3, ["--references", "REFS"], "3 answers and 2 references"),
     "too long": (
         [{"input": "天" * 600, "output": "地"}],
         [],

@@ -176,6 +176,13 @@ def wait_for(condition: object, seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
+def test_without_confinement_time_is_still_limited() -> None:
+    """What --exec-unconfined does, where namespaces are not to be had."""
+    limits = Limits(seconds=2, confined=False)
+    assert run("assert 1 + 1 == 2", limits).passed
+    assert not run("while True: pass", limits).passed
+
+
 def test_pass_at_k_is_unbiased() -> None:
     """5 answers, 2 right. k = 1: 2/5; k = 2: 1 - C(3,2)/C(5,2) = 1 - 3/10; k = 4: any 4 hold a right one."""
     five = [True, False, True, False, False]
