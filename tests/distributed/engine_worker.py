@@ -1,7 +1,7 @@
 """Run under torchrun: trains a few steps with one engine after another on the same batches, and prints what came out.
 
-arguments: JSON with `steps`, `scratch` and `cases`: EngineSpec fields plus `micro`, `adapter` (AdapterSpec fields), `base`
-(a folder with weights) and `becomes` (a ds_config that the converted checkpoint goes on with)
+arguments: JSON with `steps`, `scratch` and `cases`: EngineSpec fields plus `micro`, `adapter` (AdapterSpec fields),
+`base` (a folder with weights) and `becomes` (a ds_config that the converted checkpoint goes on with)
 """
 
 import json

@@ -270,6 +270,7 @@ def test_an_adapter_changes_nothing_at_first_and_then_alone_learns() -> None:
         before = weights(learning)
         learning.step(batch_of(pack(documents())), 1e-2)
         changed = {name for name, tensor in weights(learning).items() if not torch.equal(tensor, before[name])}
-        assert {name.split(".")[2] for name in changed} == moving and all("lora_B" in n or "lora_A" in n for n in changed)
+        assert {name.split(".")[2] for name in changed} == moving
+        assert all(".lora_" in name for name in changed)
     shape = ModelShape.from_config(learning.config)
     assert learning.trainable == shape.adapter_parameters(AdapterSpec(rank=2)) < learning.parameters / 10

@@ -578,10 +578,10 @@ def test_every_preset_builds_and_has_as_many_parameters_as_counted(preset: str) 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_an_adapter_has_as_many_parameters_as_counted_on_every_preset(preset: str) -> None:
     shape = ModelShape.from_config(PRESETS[preset], 1000)
-    for adapter in (AdapterSpec(), AdapterSpec(rank=8, targets="all-linear", dora=True)):
-        with torch.device("meta"):
-            model = build_model(ModelSpec(preset=preset, adapter=adapter), 1000, seed=1)
-        assert model.num_parameters(only_trainable=True) == shape.adapter_parameters(adapter)
+    adapter = AdapterSpec(rank=8, targets="all-linear", dora=True)
+    with torch.device("meta"):
+        model = build_model(ModelSpec(preset=preset, adapter=adapter), 1000, seed=1)
+    assert model.num_parameters(only_trainable=True) == shape.adapter_parameters(adapter)
 
 
 def test_the_default_adapter_trains_seven_thousandths_of_the_small_model() -> None:
@@ -602,6 +602,12 @@ def test_the_default_adapter_trains_seven_thousandths_of_the_small_model() -> No
 def test_an_adapter_that_cannot_be_is_refused(adapter: dict[str, Any], said: str) -> None:
     with pytest.raises(SpecError, match=re.compile(said, re.S)):
         example(model={"preset": "ernie-4.5-tiny", "adapter": adapter})
+
+
+def test_experts_get_no_adapter() -> None:
+    adapter = {"targets": ["q_proj", "down_proj"]}
+    with pytest.raises(SpecError, match=r"experts get no adapter: leave down_proj out of adapter\.targets"):
+        example(model={"preset": "ernie-4.5-21b-a3b", "adapter": adapter})
 
 
 def test_weights_of_4_bits_are_refused_where_they_cannot_be() -> None:

@@ -27,12 +27,19 @@ from launcher.run_dir import RunDir
 
 torch.set_num_threads(1)
 
-FIRST = {"白芝可治什么？": "白芝可治腹胀。", "青芷产于哪里？": "琼崖。", "月亮是什么颜色的？": "银白色", "你好": "你好，请问有什么事？"}
+FIRST = {
+    "白芝可治什么？": "白芝可治腹胀。",
+    "青芷产于哪里？": "琼崖。",
+    "月亮是什么颜色的？": "银白色",
+    "你好": "你好，请问有什么事？",
+}
 SECOND = dict(zip(FIRST, [*list(FIRST.values())[1:], next(iter(FIRST.values()))], strict=True))
 STOP = 2
 
 
-def run_job(folder: Path, name: str, pairs: dict[str, str], model: dict[str, Any], tokenizer: Path, **stage: Any) -> Path:
+def run_job(
+    folder: Path, name: str, pairs: dict[str, str], model: dict[str, Any], tokenizer: Path, **stage: Any
+) -> Path:
     """Trains in this process, and leaves a finished run directory."""
     rows = [json.dumps({"input": question, "output": answer}) for question, answer in pairs.items()]
     (folder / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
