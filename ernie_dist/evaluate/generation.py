@@ -59,7 +59,7 @@ def before_and_after(
     files = RunFiles(run_dir)
     job = ResolvedJob.read(files.job)
     trained = load(files.export)
-    untrained = build_model(job.spec.model, job.tokenizer.vocab_size, job.spec.seed, attn_implementation="sdpa")
+    untrained = build_model(job.spec.model.base, job.tokenizer.vocab_size, job.spec.seed, attn_implementation="sdpa")
     models = [ChatModel(untrained, trained.tokenizer, "untrained"), trained]
     prepared = PreparedSource.open(Path(job.sources[source].folder))
     asked = list(questions(prepared, "train", trained.tokenizer))[:limit]
