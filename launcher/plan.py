@@ -128,7 +128,8 @@ def _adapter_line(job: JobSpec, shape: ModelShape | None) -> list[str]:
         return []
     kind = ("rsLoRA" if adapter.rslora else "LoRA") + (" with DoRA" if adapter.dora else "")
     base = ", base in 4 bits" if adapter.quantize != "none" else ""
-    line = f"adapter    {kind}, rank {adapter.rank}, alpha {adapter.scale:g}, on {' '.join(adapter.modules)}{base}"
+    targets = adapter.targets if isinstance(adapter.targets, str) else " ".join(adapter.targets)
+    line = f"adapter    {kind}, rank {adapter.rank}, alpha {adapter.scale:g}, on {targets}{base}"
     if shape is None:
         return [line]
     trained = shape.adapter_parameters(adapter)

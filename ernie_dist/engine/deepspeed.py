@@ -109,10 +109,8 @@ class DeepSpeedEngine:
         partitioning = HfDeepSpeedConfig(config) if self._zero_stage == 3 and pretrained else None
         model = build()
         del partitioning
-        # Under ZeRO-3 a partitioned parameter has no elements of its own; ds_numel remembers them.
-        sizes = [(getattr(one, "ds_numel", one.numel()), one.requires_grad) for one in model.parameters()]
-        self.parameters = sum(size for size, _ in sizes)
-        self.trainable = sum(size for size, trained in sizes if trained)
+        self.parameters = sum(map(_size, model.parameters()))
+        self.trainable = sum(_size(parameter) for parameter in model.parameters() if parameter.requires_grad)
         self.config = model.config.to_dict()
         self._groups = ParameterGroups(model, freezes)
         groups = self._groups(optimizer)
@@ -272,6 +270,13 @@ def refuse_code(folder: Path) -> None:
 def _innermost(optimizer: Any) -> Any:
     """torch's optimizer, which ZeRO wraps."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _size(parameter: nn.Parameter) -> int:
+    if parameter.dtype == torch.uint8:  # of 4-bit weights two lie in a byte
+        return 2 * parameter.numel()
+    # Under ZeRO-3 a partitioned parameter has no elements of its own; ds_numel remembers them.
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _connect(world: World) -> None:

@@ -32,7 +32,7 @@ class Answered:
 def untrained(run_dir: Path, device: str | None = None) -> ChatModel:
     """A run's model before its first step, in fp32: the weights it starts from, or random ones of the same seed."""
     job = ResolvedJob.read(RunFiles(run_dir).job)
-    model = build_model(job.spec.model, job.tokenizer.vocab_size, job.spec.seed, attn_implementation="sdpa")
+    model = build_model(job.spec.model.base, job.tokenizer.vocab_size, job.spec.seed, attn_implementation="sdpa")
     tokenizer = give_template(AutoTokenizer.from_pretrained(job.tokenizer.folder, trust_remote_code=False))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return ChatModel(model.to(device), tokenizer, f"{run_dir} before training")

@@ -26,7 +26,7 @@ def add_adapter(model: PreTrainedModel, spec: AdapterSpec, seed: int) -> None:
     The adapter's weights depend on `seed` alone, not on how the model was read or is partitioned.
     """
     torch.manual_seed(seed + 1)  # `seed` itself drew the random weights of a model from scratch
-    inject_adapter_in_model(_config(spec), model)
+    inject_adapter_in_model(_config(spec, model), model)
 
 
 def adapted(base: PreTrainedModel, spec: AdapterSpec, weights: Mapping[str, torch.Tensor]) -> PeftModel:
@@ -34,7 +34,7 @@ def adapted(base: PreTrainedModel, spec: AdapterSpec, weights: Mapping[str, torc
 
     Raises CheckpointError if they do not belong together.
     """
-    model = get_peft_model(base, _config(spec))
+    model = get_peft_model(base, _config(spec, base))
     wanted = {name.removeprefix(_WRAPPED) for name, tensor in model.named_parameters() if tensor.requires_grad}
     if weights and (wrong := sorted(wanted ^ set(weights))):
         raise CheckpointError(f"the weights of the checkpoint do not fit the adapter: {wrong[:3]}")
@@ -49,12 +49,14 @@ def merged(model: PeftModel) -> PreTrainedModel:
     return model.merge_and_unload(safe_merge=True)
 
 
-def _config(spec: AdapterSpec) -> LoraConfig:
+def _config(spec: AdapterSpec, model: PreTrainedModel) -> LoraConfig:
+    # Of names in the experts peft would make adapters of another kind, on fused tensors: there are none among these.
+    experts = bool(getattr(model.config, "moe_num_experts", 0))
     return LoraConfig(
         r=spec.rank,
-        lora_alpha=spec.scale,  # type: ignore[arg-type]
+        lora_alpha=spec.scale,
         lora_dropout=spec.dropout,
-        target_modules=list(spec.modules),
+        target_modules=list(spec.modules(experts=experts)),
         use_rslora=spec.rslora,
         use_dora=spec.dora,
         task_type="CAUSAL_LM",

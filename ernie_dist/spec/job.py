@@ -222,8 +222,10 @@ def _engine_problems(parts: _Parts) -> Iterator[Problem]:
         yield Problem("engine.kind", "plain runs on one rank; use deepspeed, or --ranks 1", "plain")
     if parts.model is not None:
         try:
-            config_values(parts.model)
-        except SpecError as error:
+            values = config_values(parts.model)
+            if values and parts.model.adapter:
+                parts.model.adapter.modules(experts=bool(values.get("moe_num_experts")))
+        except ValueError as error:
             yield Problem("model", str(error))
 
 

@@ -74,7 +74,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """transformers config values. Sizes as published with the ERNIE 4.5 models; `tiny` is ours, for tests."""
 
-_MLP = ("gate_proj", "up_proj", "down_proj")
 _PUBLISHED = {"0.3B": "ernie-4.5-0.3b", "21B-A3B": "ernie-4.5-21b-a3b", "300B-A47B": "ernie-4.5-300b-a47b"}
 
 
@@ -135,16 +134,15 @@ class ModelShape:
 
     def adapter_parameters(self, adapter: AdapterSpec) -> int:
         """Weights of a LoRA adapter on every layer: rank x (inputs + outputs) per target, and DoRA's magnitudes."""
-        dense = self._linears(self.mlp_width)
-        shared = self._linears(self.shared_experts * self.expert_width)
-        total = 0
-        for name in adapter.modules:
-            for (inputs, outputs), layers in (
-                (dense[name], self.layers - (self.moe_layers if name in _MLP else 0)),
-                (shared[name], self.moe_layers if name in _MLP and self.shared_experts else 0),
-            ):
-                total += layers * (adapter.rank * (inputs + outputs) + (outputs if adapter.dora else 0))
-        return total
+        hidden, attention, key_value, mlp = self.hidden_size, self.attention_width, self.key_value_width, self.mlp_width
+        sizes: dict[str, tuple[int, int]] = {
+            **{"q_proj": (hidden, attention), "k_proj": (hidden, key_value), "v_proj": (hidden, key_value)},
+            **{"o_proj": (attention, hidden), "gate_proj": (hidden, mlp), "up_proj": (hidden, mlp)},
+            "down_proj": (mlp, hidden),
+        }
+        targets = [sizes[name] for name in adapter.modules(experts=self.experts > 0)]
+        thin = sum(adapter.rank * (inputs + outputs) for inputs, outputs in targets)
+        return self.layers * (thin + (sum(outputs for _, outputs in targets) if adapter.dora else 0))
 
     def flops_per_token(
         self, sequence_length: int, *, causal: bool = False, adapter: AdapterSpec | None = None
@@ -159,15 +157,6 @@ class ModelShape:
         if adapter:
             weights = 4.0 * self.active_parameters + 6.0 * self.adapter_parameters(adapter)
         return weights + attention * (0.5 if causal else 1.0)
-
-    def _linears(self, mlp_width: int) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of each linear layer of a block."""
-        hidden, attention, key_value = self.hidden_size, self.attention_width, self.key_value_width
-        widen, narrow = (hidden, mlp_width), (mlp_width, hidden)
-        return {
-            **{"q_proj": (hidden, attention), "k_proj": (hidden, key_value), "v_proj": (hidden, key_value)},
-            **{"o_proj": (attention, hidden), "gate_proj": widen, "up_proj": widen, "down_proj": narrow},
-        }
 
     def _matrices(self, experts: int) -> int:
         attention = self.hidden_size * (2 * self.attention_width + 2 * self.key_value_width)

@@ -12,7 +12,8 @@ from ernie_dist.spec.strict import Strict
 
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LINEARS: tuple[Linear, ...] = get_args(Linear)
-"""every linear layer of a block; the router of experts, and experts that are one tensor, are none"""
+"""every linear layer of a block; the router of experts is none"""
+ATTENTION = LINEARS[:4]
 
 
 class AdapterSpec(Strict):
@@ -33,9 +34,16 @@ class AdapterSpec(Strict):
         "none", description="nf4: the frozen weights in 4 bits (arXiv:2305.14314); needs bitsandbytes and a GPU"
     )
 
-    @property
-    def modules(self) -> tuple[Linear, ...]:
-        return LINEARS if self.targets == "all-linear" else tuple(dict.fromkeys(self.targets))
+    def modules(self, *, experts: bool) -> tuple[Linear, ...]:
+        """Names of the layers that get an adapter; with a mixture of experts only attention's can.
+
+        Raises ValueError for others there.
+        """
+        if self.targets == "all-linear":
+            return ATTENTION if experts else LINEARS
+        if experts and (others := [name for name in self.targets if name not in ATTENTION]):
+            raise ValueError(f"experts get no adapter: leave {', '.join(others)} out of adapter.targets")
+        return tuple(dict.fromkeys(self.targets))
 
     @property
     def scale(self) -> float:

@@ -1,7 +1,7 @@
 """Run under torchrun: trains a few steps with one engine after another on the same batches, and prints what came out.
 
-arguments: JSON with `cases` (EngineSpec fields plus `micro`, `adapter` (AdapterSpec fields) and `base`, a folder with
-weights), `scratch` and `steps`
+arguments: JSON with `steps`, `scratch` and `cases`: EngineSpec fields plus `micro`, `adapter` (AdapterSpec fields),
+`base` (a folder with weights) and `becomes` (a ds_config that the converted checkpoint goes on with)
 """
 
 import json
@@ -30,7 +30,7 @@ MODEL = ModelSpec(
 )
 FREEZE = ("model.embed_tokens.*", "model.layers.0.*")
 OF_ADAPTER = ("model.layers.0.*",)
-NOT_OURS = ("micro", "adapter", "base")
+NOT_OF_ENGINE = ("micro", "adapter", "base", "becomes")
 
 
 def row(generator: np.random.Generator, labelled: float):
@@ -52,15 +52,16 @@ def batch(step: int, world: World, micro: int) -> Batch:
 
 
 def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
-    spec = EngineSpec(**{key: value for key, value in case.items() if key not in NOT_OURS})
+    spec = EngineSpec(**{key: value for key, value in case.items() if key not in NOT_OF_ENGINE})
     model = ModelSpec(from_pretrained=case["base"]) if "base" in case else MODEL
     if "adapter" in case:
         model = model.model_copy(update={"adapter": AdapterSpec(**case["adapter"])})
     build = partial(build_model, model, VOCABULARY, 17, spec.gradient_checkpointing)
     freeze, pretrained = OF_ADAPTER if model.adapter else FREEZE, "base" in case
-    make = partial(build_engine, spec, OptimizerSpec(), [freeze], build, world=world, pretrained=pretrained)
+    make = partial(build_engine, optimizer=OptimizerSpec(), freezes=[freeze], build=build, world=world)
+    make = partial(make, pretrained=pretrained)
     poison = [1.0]
-    engine = make(lambda model, rows: summed_loss(model, rows) * poison[0])
+    engine = make(spec, loss=lambda model, rows: summed_loss(model, rows) * poison[0])
     micro, results = case["micro"], []
     for step in range(steps):
         engine.freeze(freeze if step == 1 else ())
@@ -89,8 +90,8 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
     after_refusals = list(engine.evaluate(held_out))
     engine.close()
 
-    def replay_from(load: Callable[[Engine], None]) -> list[float]:
-        again = make(summed_loss)
+    def replay_from(load: Callable[[Engine], None], **changes: str) -> list[float]:
+        again = make(spec.model_copy(update=changes), loss=summed_loss)
         load(again)
         again.freeze(())
         losses = [again.step(batch(step, world, micro), 1e-2).loss for step in range(steps // 2, steps)]
@@ -99,12 +100,13 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
 
     replay = replay_from(lambda engine: engine.load(folder))
     converted = replay
-    if spec.kind == "deepspeed" and (spec.precision == "bf16" or model.adapter and spec.ds_config != "zero0"):
+    if spec.precision == "bf16" or "becomes" in case:
         to = folder.with_name(f"{folder.name} converted")
         if world.is_main:
             convert("deepspeed", folder, to)
         world.barrier()
-        converted = replay_from(lambda engine: engine.load_converted(to))
+        becomes = case.get("becomes", spec.ds_config)
+        converted = replay_from(lambda engine: engine.load_converted(to), ds_config=becomes)
     weights = read_weights(spec.kind, folder) if world.is_main else {}
     return {
         "losses": [result.loss for result in results],

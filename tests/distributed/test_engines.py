@@ -14,15 +14,21 @@ import yaml
 from ernie_dist.data.prepare import prepare
 from ernie_dist.data.resolve import resolve_prepared
 from ernie_dist.events.history import read_metrics
+from ernie_dist.model.build import build_model
 from ernie_dist.spec.job import parse_job
 from ernie_dist.spec.run_files import RunFiles
+from ernie_dist.spec.training import ModelSpec
 from launcher.quickstart_data import write_data
 from launcher.run_dir import RunDir
 
 pytestmark = pytest.mark.distributed
 HERE = Path(__file__).parent
+VOCABULARY = 128
+MODEL = ModelSpec(
+    preset="ernie-4.5-tiny", override={"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": VOCABULARY}
+)
 REFERENCE = {"kind": "plain", "micro": 8}
-ALONE = [REFERENCE, {"kind": "plain", "micro": 2}, {"ds_config": "zero2", "micro": 4}]
+ALONE = [{"kind": "plain", "micro": 2}, {"ds_config": "zero2", "micro": 4}]
 TOGETHER = [
     {"ds_config": "zero0", "micro": 1},
     {"ds_config": "zero1", "micro": 4},
@@ -31,6 +37,8 @@ TOGETHER = [
     {"ds_config": "zero2_offload", "micro": 2},
     {"ds_config": "zero3_offload", "micro": 1},
 ]
+LORA = {"rank": 4}
+DORA = {"rank": 2, "targets": "all-linear", "rslora": True, "dora": True}
 HALF = [{"ds_config": f"zero{stage}", "micro": 2, "precision": "bf16"} for stage in (1, 2, 3)]
 
 
@@ -43,6 +51,17 @@ def under_torchrun(ranks: int, script: str, *arguments: str) -> str:
     return done.stdout
 
 
+def save_base(folder: Path) -> None:
+    """Weights to put an adapter on."""
+    build_model(MODEL, VOCABULARY, 5).save_pretrained(folder)
+
+
+def save_zero3(path: Path) -> None:
+    """ZeRO-3 that partitions weights however small they are."""
+    policy = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    path.write_text(json.dumps({"zero_optimization": policy}), encoding="utf-8")
+
+
 def results(ranks: int, cases: list[dict], scratch: Path) -> list[dict]:
     request = json.dumps({"cases": cases, "steps": 4, "scratch": str(scratch)})
     lines = under_torchrun(ranks, "engine_worker.py", request).splitlines()
@@ -53,10 +72,26 @@ def results(ranks: int, cases: list[dict], scratch: Path) -> list[dict]:
 
 def test_every_engine_gives_the_same_steps_under_unequal_masks_and_freezing(tmp_path):
     """Accumulation 1 to 4, one rank and two, with and without offload and recomputation, in fp32; and bf16 nearly."""
-    alone = results(1, ALONE, tmp_path / "alone")
-    together = results(2, TOGETHER + HALF, tmp_path / "together")
-    reference = alone[0]
-    for result in alone[1:] + together:
+    base, zero3 = str(tmp_path / "base"), str(tmp_path / "zero3.json")
+    save_base(Path(base))
+    save_zero3(Path(zero3))
+    adapted = [
+        {"ds_config": "zero0", "micro": 4, "base": base, "adapter": LORA},
+        {"ds_config": "zero1", "micro": 2, "base": base, "adapter": DORA},
+        {"ds_config": "zero2", "micro": 1, "base": base, "adapter": LORA, "becomes": zero3},
+        {"ds_config": zero3, "micro": 4, "base": base, "adapter": LORA, "becomes": "zero1"},
+        {"ds_config": zero3, "micro": 4, "base": base, "adapter": DORA, "gradient_checkpointing": "full"},
+    ]
+    references = [
+        REFERENCE,
+        *({"kind": "plain", "micro": 8, "base": base, "adapter": adapter} for adapter in (LORA, DORA)),
+    ]
+    alone = results(1, references + ALONE, tmp_path / "alone")
+    together = results(2, TOGETHER + HALF + adapted, tmp_path / "together")
+    full, lora, dora = alone[: len(references)]
+    for result in alone[len(references) :] + together:
+        adapter = result["case"].get("adapter")
+        reference = full if adapter is None else lora if adapter == LORA else dora
         half = result["case"].get("precision") == "bf16"
         close = partial(pytest.approx, rel=2e-2 if half else 1e-5)
         assert result["losses"] == close(reference["losses"]), result["case"]
@@ -66,6 +101,11 @@ def test_every_engine_gives_the_same_steps_under_unequal_masks_and_freezing(tmp_
         assert result["applied"]
         assert result["training"], "a step after an evaluation trains: recomputation and dropout depend on it"
         assert result["weights"].keys() >= reference["weights"].keys() - {"lm_head.weight"}
+        if adapter:
+            assert result["trainable"] == reference["trainable"]
+            assert result["weights"] == pytest.approx(reference["weights"], rel=1e-5), "the adapter, and nothing else"
+            states = 12 * result["trainable"][0]
+            assert states < result["bytes"] < 2 * states + 70_000 < 12 * result["trainable"][1], "no base in there"
     for result in alone + together:
         assert not result["refusals_applied"], "an update that is refused, or that overflows, says so"
         assert result["after_refusals"] == result["held_out"], "and has changed nothing"

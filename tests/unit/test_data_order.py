@@ -74,7 +74,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> ResolvedJob:
             {"name": "mixed", "duration": "40 steps", "sequence_length": LENGTH, "mixture": SHARES},
             {"name": "sft", "duration": "3 epochs", "micro_batch_size": 4, **sft},
             {"name": "last", "duration": "1 epochs", "loss": "last_answer", "tokens_per_batch": 4 * LENGTH, **sft},
-            {"name": "all", "duration": "1 epochs", "loss": "all", **sft},
+            {"name": "all", "duration": "1 epochs", "loss": "all", "neftune_alpha": 5, **sft},
         ],
         "schedule": {"kind": "constant", "peak": 1e-3},
         "engine": {"micro_batch_size": 1},
@@ -94,6 +94,10 @@ def rows(*batches: Batch) -> torch.Tensor:
     micros = [micro for batch in batches for micro in batch.micro_batches]
     parts = [torch.stack([micro.tokens_BT, micro.labels_BT, micro.positions_BT], dim=1) for micro in micros]
     return torch.cat(parts)
+
+
+def seeds(batch: Batch) -> list[int]:
+    return [seed for micro in batch.micro_batches if micro.chance for seed in micro.chance.seeds]
 
 
 def documents(batch: Batch) -> Iterator[tuple[list[int], list[int], list[int]]]:
@@ -126,6 +130,8 @@ def test_the_global_batch_is_the_same_on_1_2_and_4_ranks(job: ResolvedJob) -> No
         for index in range(job.total_batches):
             whole, parts = alone[index], [loader[index] for loader in ranks]
             assert torch.equal(rows(*parts), rows(whole)), f"batch {index} on {size} ranks"
+            assert [seed for part in parts for seed in seeds(part)] == seeds(whole), "the same noise on any ranks"
+            assert len(set(seeds(whole))) == (8 if whole.stage == "all" else 0)
             assert len({len(part.micro_batches) for part in parts}) == 1, "ranks would wait for one another"
             assert {(part.tokens, part.stage, part.index) for part in parts} == {(whole.tokens, whole.stage, index)}
             progress = [one.after(part.sequence_ids) for one, part in zip(progress, parts, strict=True)]

@@ -397,3 +397,13 @@ def test_a_dry_run_shows_the_plan_and_the_command_and_writes_nothing(
 def test_every_recipe_plans(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", recipe]) == 0
     assert "memory     about" in capsys.readouterr().out
+
+
+def test_a_plan_says_what_an_adapter_trains_and_saves(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "lora-0.3b"]) == 0
+    adapted = capsys.readouterr().out
+    assert "adapter    LoRA, rank 32, alpha 64, on q_proj v_proj" in adapted
+    assert "2,506,752 trainable parameters, 0.69% of all" in adapted
+    assert "gradients 9.6 MiB, optimizer 28.7 MiB" in adapted
+    assert main(["plan", "lora-0.3b", "--set", "model.adapter.targets=all-linear"]) == 0
+    assert "12,091,392 trainable parameters, 3.24% of all" in capsys.readouterr().out

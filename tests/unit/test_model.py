@@ -1,5 +1,7 @@
 """Packed and unpacked agree, padding counts for nothing, and what an engine says it leaves alone it leaves alone."""
 
+import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,13 +11,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from ernie_dist.batch import IGNORED, Batch, MicroBatch, Row, empty_micro_batch, stack
+from ernie_dist.batch import IGNORED, Batch, Chance, MicroBatch, Row, empty_micro_batch, stack
 from ernie_dist.engine.base import Engine
 from ernie_dist.engine.select import build_engine
 from ernie_dist.model.build import build_model
 from ernie_dist.model.loss import summed_loss
 from ernie_dist.spec.errors import SpecError
-from ernie_dist.spec.training import EngineSpec, ModelSpec, OptimizerSpec
+from ernie_dist.spec.shape import ModelShape
+from ernie_dist.spec.training import AdapterSpec, EngineSpec, ModelSpec, OptimizerSpec
 from ernie_dist.world import World
 
 VOCABULARY, LENGTH = 96, 24
@@ -230,3 +233,44 @@ def test_the_gradient_of_frozen_weights_is_not_in_the_norm() -> None:
 def test_a_freeze_pattern_that_matches_nothing_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(SpecError, match=r'"model\.layer\.0\.\*" matches no parameter.*model\.embed_tokens\.weight'):
         engine(("model.layer.0.*",))
+
+
+# --- what is left to chance ------------------------------------------------------------------------------------------
+
+
+def test_neftune_noise_is_bounded_by_each_document_and_drawn_from_seeds_alone() -> None:
+    model, batch = build(), pack(documents())
+    width, alpha = SHAPE["hidden_size"], 5.0
+    seen: list[torch.Tensor] = []
+    hook = partial(model.model.register_forward_pre_hook, with_kwargs=True)
+    hook(lambda module, given, named: seen.append(named.get("inputs_embeds")))
+    losses = []
+    for seeds in ((1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 3, 5), None):
+        torch.rand(7)  # whoever else draws does not matter
+        losses.append(summed_loss(model, replace(batch, chance=seeds and Chance(seeds, alpha))).item())
+    assert losses[0] == losses[1] and len(set(losses)) == 3 and seen[3] is None
+    noise = (seen[0] - model.get_input_embeddings()(batch.tokens_BT)).detach()
+    torch.testing.assert_close(seen[0][:3], seen[2][:3], rtol=0, atol=0)
+    start = 0
+    for length in ROWS[0]:
+        bound = alpha / math.sqrt(length * width)
+        part = noise[0, start : start + length].abs().max().item()
+        assert 0.8 * bound < part <= bound * (1 + 1e-5), "the shorter the document, the louder"
+        start += length
+
+
+def test_an_adapter_changes_nothing_at_first_and_then_alone_learns() -> None:
+    adapted = partial(build_model, MODEL.model_copy(update={"adapter": AdapterSpec(rank=2)}), VOCABULARY, 17)
+    assert summed_loss(adapted(), pack(documents())) == summed_loss(build(), pack(documents()))
+    spec = EngineSpec(kind="plain", precision="fp32")
+    freeze = ("model.layers.0.*",)
+    learning: Any = build_engine(spec, OptimizerSpec(), [freeze], adapted, summed_loss, World())
+    for patterns, moving in (((), {"0", "1", "2", "3"}), (freeze, {"1", "2", "3"})):
+        learning.freeze(patterns)
+        before = weights(learning)
+        learning.step(batch_of(pack(documents())), 1e-2)
+        changed = {name for name, tensor in weights(learning).items() if not torch.equal(tensor, before[name])}
+        assert {name.split(".")[2] for name in changed} == moving
+        assert all(".lora_" in name for name in changed)
+    shape = ModelShape.from_config(learning.config)
+    assert learning.trainable == shape.adapter_parameters(AdapterSpec(rank=2)) < learning.parameters / 10

@@ -20,7 +20,7 @@ from ernie_dist.spec.job import JobSpec, load_job, parse_job
 from ernie_dist.spec.quantity import Quantity, Unit, parse_count, parse_quantity
 from ernie_dist.spec.resolve import PackedLength, ResolvedJob, ResolvedSource, ResolvedTokenizer, resolve
 from ernie_dist.spec.shape import PRESETS, ModelShape, config_values
-from ernie_dist.spec.training import ModelSpec
+from ernie_dist.spec.training import AdapterSpec, ModelSpec
 
 EXAMPLE = """\
 name: ernie-law-medical
@@ -573,6 +573,51 @@ def test_every_preset_builds_and_has_as_many_parameters_as_counted(preset: str) 
     assert model.get_input_embeddings().num_embeddings == (1024 if "tiny" in preset else 103_424)
     # what transformers' own defaults would give where a preset says nothing
     assert model.config.rope_parameters["rope_theta"] == 500_000
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_adapter_has_as_many_parameters_as_counted_on_every_preset(preset: str) -> None:
+    shape = ModelShape.from_config(PRESETS[preset], 1000)
+    adapter = AdapterSpec(rank=8, targets="all-linear", dora=True)
+    with torch.device("meta"):
+        model = build_model(ModelSpec(preset=preset, adapter=adapter), 1000, seed=1)
+    assert model.num_parameters(only_trainable=True) == shape.adapter_parameters(adapter)
+
+
+def test_the_default_adapter_trains_seven_thousandths_of_the_small_model() -> None:
+    shape = ModelShape.from_config(PRESETS["ernie-4.5-0.3b"])
+    assert shape.adapter_parameters(AdapterSpec()) == 18 * 32 * (1024 + 2048 + 1024 + 256) == 2_506_752
+    frozen, full = shape.flops_per_token(4096, adapter=AdapterSpec()), shape.flops_per_token(4096)
+    assert frozen == full - 2 * shape.active_parameters + 6 * 2_506_752, "no gradients of frozen weights"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"targets": ["lm_head"]}, r"targets.*must be"),
+        ({"rank": 0}, "rank = 0"),
+        ({"quantize": "nf4"}, "quantize is for pretrained weights"),
+        ({"rnak": 8}, 'unknown field; did you mean "rank"'),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_refused(adapter: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError, match=re.compile(said, re.S)):
+        example(model={"preset": "ernie-4.5-tiny", "adapter": adapter})
+
+
+def test_experts_get_no_adapter() -> None:
+    adapter = {"targets": ["q_proj", "down_proj"]}
+    with pytest.raises(SpecError, match=r"experts get no adapter: leave down_proj out of adapter\.targets"):
+        example(model={"preset": "ernie-4.5-21b-a3b", "adapter": adapter})
+
+
+def test_weights_of_4_bits_are_refused_where_they_cannot_be() -> None:
+    model = {"from_pretrained": "baidu/ERNIE-4.5-0.3B-Base-PT", "adapter": {"quantize": "nf4"}}
+    with pytest.raises(SpecError, match="4 bits cannot be partitioned; use zero2 or less"):
+        example(model=model, engine={"ds_config": "zero3"})
+    if not torch.cuda.is_available():
+        with pytest.raises(SpecError, match=r'model\.adapter\.quantize = "nf4": needs a GPU'):
+            build_model(ModelSpec(**model), 1000, seed=1)
 
 
 @pytest.mark.parametrize(
