@@ -334,7 +334,9 @@ def _usable(device: str | None) -> torch.device:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise SpecError(f"device {device}: cannot be used here: {_first_line(error)}; leave it out, or say cpu") from None
+        raise SpecError(
+            f"device {device}: cannot be used here: {_first_line(error)}; leave it out, or say cpu"
+        ) from None
     return found
 
 

@@ -77,9 +77,12 @@ class Gate:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            headers = [(b"www-authenticate", b'Basic realm="ernie", charset="UTF-8"'), (b"content-type", b"application/json")]
+            headers = [
+                (b"www-authenticate", b'Basic realm="ernie", charset="UTF-8"'),
+                (b"content-type", b"application/json"),
+            ]
             await send({"type": "http.response.start", "status": 401, "headers": headers})
             await send({"type": "http.response.body", "body": b'{"error": {"message": "a password is needed"}}'})
 
     def _known(self, given: bytes) -> bool:
-        return not self._keys or any([hmac.compare_digest(given, key) for key in self._keys])
+        return not self._keys or any(hmac.compare_digest(given, key) for key in self._keys)

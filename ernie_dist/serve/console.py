@@ -135,4 +135,3 @@ def _reader() -> Callable[[], str]:
     with suppress(ImportError):  # a Python built without it edits lines as the terminal does
         import readline  # noqa: F401
     return lambda: input("> ")
-

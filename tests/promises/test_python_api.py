@@ -37,7 +37,9 @@ def test_the_whole_road_from_python(taught: Any, tmp_path: Path) -> None:
     curve = run.metrics()
     assert list(curve.index) == list(range(1, 61)) and curve["loss"].iloc[-1] < 0.1 * curve["loss"].iloc[0]
     with run.files.metrics.open("a") as file:  # a second attempt goes back to step 60
-        file.write(json.dumps({**json.loads(run.files.metrics.read_text().splitlines()[-1]), "attempt": 2, "loss": 7.0}))
+        file.write(
+            json.dumps({**json.loads(run.files.metrics.read_text().splitlines()[-1]), "attempt": 2, "loss": 7.0})
+        )
     again = run.metrics()
     assert len(again) == 60 and again["loss"][60] == 7.0 and again["loss"][59] == curve["loss"][59]
     assert {"Evaluated", "Finished"} <= {event["event"] for event in run.events()}

@@ -77,7 +77,11 @@ def test_a_question_is_answered_whole_and_in_pieces(served: httpx.Client, taught
         ({"messages": []}, 400, "the turns are by nobody"),
         ({"messages": [{"role": "user", "content": "a</s>b"}]}, 400, "control token </s>"),
         ({"messages": [{"role": "user", "content": "长" * 300}], "stream": True}, 400, "256 positions"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "type image_url: this model reads text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "type image_url: this model reads text",
+        ),
         ({"messages": "x"}, 400, "messages: Input should be a valid list"),
         ({"temperature": -1}, 400, "temperature is -1.0, expected between 0 and 10"),
         ({"tools": [{}], "n": 2}, 400, "n, tools: not supported here"),
