@@ -4,7 +4,7 @@
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu make install      the small CPU build of torch
 
 PYTHON ?= python3
-EXTRAS ?= wandb,dev
+EXTRAS ?= wandb,serve,dev
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin

@@ -109,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     at["stop"].add_argument("--wait", action="store_true", help="return when the run has stopped")
     _add_model_options(at["chat"])
-    at["chat"].add_argument("--seed", type=int, metavar="N", help="makes chance repeatable (default: another each time)")
+    at["chat"].add_argument(
+        "--seed", type=int, metavar="N", help="makes chance repeatable (default: another each time)"
+    )
     _add_serve_options(at["serve"])
     at["export"].add_argument("--to", required=True, metavar="DIR", help="folder to write")
     at["export"].add_argument("--adapter-only", action="store_true", help="the LoRA adapter alone, for peft")

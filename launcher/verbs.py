@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import random
 import signal
 import time
@@ -173,11 +174,10 @@ def _sampling(options: Namespace, **more: Any) -> Any:
 
 
 def _model(folder: str, options: Namespace) -> Any:
-    from transformers.utils.logging import disable_progress_bar
-
+    if Path(folder).exists():
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # a bar for a second of reading is noise
     from ernie_dist.inference import load
 
-    disable_progress_bar()
     for number in (signal.SIGTERM, signal.SIGHUP):  # nothing here goes on later, as a run does
         signal.signal(number, signal.SIG_DFL)
     return load(folder, adapter=options.adapter, device=options.device, dtype=options.dtype)

@@ -1,6 +1,6 @@
 """Fixtures for every test: a tiny model that answers; the real data and tokenizer, when they are there.
 
-The latter are looked for in $ERNIE_TEST_DATA, or else in a folder `shared` beside the checkout: data/*.jsonl ..., tokenizer/.
+Real ones are looked for in $ERNIE_TEST_DATA or in a folder `shared` beside the checkout: data/*.jsonl ..., tokenizer/.
 """
 
 import os

@@ -85,4 +85,4 @@ class Gate:
             await send({"type": "http.response.body", "body": b'{"error": {"message": "a password is needed"}}'})
 
     def _known(self, given: bytes) -> bool:
-        return not self._keys or any([hmac.compare_digest(given, key) for key in self._keys])
+        return not self._keys or any(hmac.compare_digest(given, key) for key in self._keys)

@@ -1,8 +1,9 @@
 """OpenAI's /v1/chat/completions and /v1/models, as far as a chat needs them.
 
-transformers has a server too (`transformers serve`). It asks for no password, loads any model a request names, takes a
-control token that a user typed for the template's own, accepts roles in any order, knows no adapters and keeps weights
-of its own; so the page could not share a model with it. For many users at once there is vLLM: see docs/chat-and-serve.md.
+transformers has a server too (`transformers serve`), which needs the package openai. It asks for no password, takes a
+control token that a user typed for the template's own and roles in any order, lets a request load another model, knows
+no adapters, and keeps weights of its own, so that the page could not share its model. For many users at once there is
+vLLM: see docs/chat-and-serve.md.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Conversation:
             self.turns.pop()
 
     def fitting(self, model: ChatModel, room: int) -> tuple[list[Message], int]:
-        """The messages without the oldest exchanges, so that `room` tokens are left for the answer; how many are left out.
+        """The messages, but for the oldest exchanges if they leave no `room` tokens for the answer; how many those are.
 
         `room` counts up to half the context. Takes the last question back and raises DataError if it cannot be asked,
         or does not fit alone.

@@ -55,7 +55,9 @@ def add_page(app: FastAPI, models: Sequence[ChatModel], sampling: Sampling, syst
         ]
         stop.click(None, cancels=asking, queue=False)
         for begin_anew in (clear.click, *(chat.clear for chat in chats)):
-            begin_anew(lambda: ([Conversation() for _ in models], *([] for _ in models)), None, [state, *chats], cancels=asking)
+            begin_anew(
+                lambda: ([Conversation() for _ in models], *([] for _ in models)), None, [state, *chats], cancels=asking
+            )
         for number, chat in enumerate(chats):
             chat.like(_thumb(feedback, number), [state], None)
     page.queue(default_concurrency_limit=1)
@@ -76,7 +78,13 @@ def _sliders(sampling: Sampling, context: int) -> list[Any]:
         gr.Slider(0, max(2.0, sampling.temperature), sampling.temperature, step=0.05, label="temperature"),
         gr.Slider(0.05, 1, sampling.top_p, step=0.05, label="top_p"),
         gr.Slider(0, max(200, sampling.top_k), sampling.top_k, step=1, label="top_k (0: all)"),
-        gr.Slider(0.5, max(2.0, sampling.repetition_penalty), sampling.repetition_penalty, step=0.05, label="repetition_penalty"),
+        gr.Slider(
+            0.5,
+            max(2.0, sampling.repetition_penalty),
+            sampling.repetition_penalty,
+            step=0.05,
+            label="repetition_penalty",
+        ),
         gr.Slider(1, longest, min(sampling.max_new_tokens, longest), step=1, label="max_new_tokens"),
     ]
 

@@ -1,4 +1,4 @@
-"""`ernie chat` in a real terminal: Chinese typed and mended, answers streamed, commands obeyed; and at the end of a pipe."""
+"""`ernie chat` in a real terminal: Chinese typed and mended, answers streamed, commands obeyed; and in a pipe."""
 
 import os
 import subprocess
@@ -90,15 +90,9 @@ def test_an_answer_is_stopped_and_the_chat_goes_on_until_the_context_is_full(
     leave(chat, CTRL_D)
 
 
-def test_a_pipe_gets_answers_alone(taught: Any, tmp_path: Path) -> None:
-    def pipe(model: Path, text: bytes, *options: str) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run([*CHAT, str(model), *options], input=text, capture_output=True, timeout=120)
-
-    done = pipe(taught.tuned, "白芝产于哪里？\n/reset\n讲个故事\n\n从不".encode())
+def test_a_pipe_gets_answers_alone(taught: Any) -> None:
+    typed = "白芝产于哪里？\n".encode() + "白芝\n".encode("gb18030") + "/reset\n讲个故事\n\n从不".encode()
+    done = subprocess.run([*CHAT, str(taught.tuned)], input=typed, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode() == f"{taught.answers['白芝产于哪里？']}\n{taught.answers['讲个故事']}\n"
-    foreign = pipe(taught.tuned, "白芝\n".encode("gb18030"))
-    assert "that line is not UTF-8; set the terminal to UTF-8" in foreign.stderr.decode() and not foreign.stdout
-    missing = pipe(tmp_path / "none", b"", "--temperature", "1")
-    assert missing.returncode == 2 and missing.stderr.decode().startswith("ernie: ")
-    assert "no such model folder" in missing.stderr.decode() and "Traceback" not in missing.stderr.decode()
+    assert "that line is not UTF-8; set the terminal to UTF-8" in done.stderr.decode()
