@@ -256,7 +256,7 @@ class _Attempt:
             device=torch.cuda.get_device_name() if on_gpu else "cpu",
             engine=f"{spec.kind} {spec.ds_config}" if spec.kind == "deepspeed" else spec.kind,
             parameters=self.engine.parameters,
-            trainable=self.engine.trainable,
+            trainable=self.engine.trainable if self.job.spec.model.adapter else None,
             versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
         )
 
@@ -314,8 +314,8 @@ def _build_engine(job: ResolvedJob, world: World) -> Engine:
     spec = job.spec
     build = partial(build_model, spec.model, job.tokenizer.vocab_size, spec.seed, spec.engine.gradient_checkpointing)
     freezes = list(dict.fromkeys(stage.freeze for stage in job.stages if stage.freeze))
-    pretrained = spec.model.from_pretrained is not None
-    return build_engine(spec.engine, spec.optimizer, freezes, build, summed_loss, world, pretrained=pretrained)
+    origin = {"pretrained": spec.model.from_pretrained is not None, "adapter": spec.model.adapter is not None}
+    return build_engine(spec.engine, spec.optimizer, freezes, build, summed_loss, world, **origin)
 
 
 def _base(job: ResolvedJob, world: World) -> str | None:

@@ -140,7 +140,7 @@ class Engine(Protocol):
     def snapshot(self) -> dict[str, Any]:
         """All that `load` needs, by file name, as torch.save takes it: a copy in host memory. Collective.
 
-        Weights that are never trained are not in it: `load` finds them where the model was built from.
+        With an adapter the weights under it are not in it: `load` finds them where the model was built from.
         Training may go on while it is written; the next snapshot uses the same memory again.
         """
         ...

@@ -62,10 +62,11 @@ class _WithLoss(nn.Module):
 class _Files(CheckpointEngine):
     """What DeepSpeed would write is kept as a copy in host memory; what it reads may hold data, and no code."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, adapted: nn.Module | None) -> None:
+        """`adapted`: the module, if its frozen weights are not kept."""
         super().__init__()
         self.kept: dict[str, Any] = {}
-        self._module = module
+        self._adapted = adapted
         self._copies: dict[str, HostCopy] = {}
 
     def create(self, info: CheckpointCommitInfo) -> None: ...
@@ -74,8 +75,8 @@ class _Files(CheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         name = PurePath(path).as_posix()
-        if weights := state_dict.get("module"):  # DeepSpeed leaves out frozen ones too, but of tied ones one name
-            state_dict = {**state_dict, "module": without_frozen(weights, self._module)}
+        if self._adapted and "module" in state_dict:  # DeepSpeed leaves frozen ones out too, but of tied ones one name
+            state_dict = {**state_dict, "module": without_frozen(state_dict["module"], self._adapted)}
         self.kept[name] = self._copies.setdefault(name, HostCopy())(state_dict)
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -97,8 +98,10 @@ class DeepSpeedEngine:
         *,
         precision: str,
         pretrained: bool,
+        adapter: bool,
     ) -> None:
         self._world, self._device, self.precision = world, world.device, precision
+        self._adapter = adapter
         self._training = False  # pretrained weights come in evaluation mode
         policy = read_ds_config(spec.ds_config)
         self._zero_stage, self._fp32 = zero_stage(policy), precision == "fp32"
@@ -121,7 +124,7 @@ class DeepSpeedEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=_WithLoss(model, loss), config=config, **own)
         self._accepted: Callable[[], bool] = lambda: True
         self._guard_updates()
-        self._files = self._engine.checkpoint_engine = _Files(self._engine.module)
+        self._files = self._engine.checkpoint_engine = _Files(self._engine.module if adapter else None)
         self._engine._copy_recovery_script = lambda folder: None  # `ernie export` reads our checkpoints
 
     def step(
@@ -191,12 +194,11 @@ class DeepSpeedEngine:
 
     def snapshot(self) -> dict[str, Any]:
         self._files.kept.clear()
-        self._engine.save_checkpoint(".", tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+        self._engine.save_checkpoint(".", tag=_TAG, save_latest=False, exclude_frozen_parameters=self._adapter)
         return dict(self._files.kept)
 
     def load(self, folder: Path) -> None:
-        whole = self.trainable == self.parameters
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=whole)
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=not self._adapter)
         if loaded is None:  # only a warning to DeepSpeed, which would go on from random weights
             raise CheckpointError(f"{folder}: DeepSpeed could not read this checkpoint; see the rank logs")
 

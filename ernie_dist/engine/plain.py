@@ -39,13 +39,14 @@ class PlainEngine:
         *,
         precision: str,
         pretrained: bool,
+        adapter: bool,
     ) -> None:
         if precision == "fp16":
             raise SpecError(
                 'engine.precision = "fp16": the plain engine has no loss scaling; use bf16, fp32 or deepspeed'
             )
         self._device, self.precision, self._loss = world.device, precision, loss
-        self._max_grad_norm = spec.max_grad_norm
+        self._max_grad_norm, self._adapter = spec.max_grad_norm, adapter
         self.model = build().to(self._device)
         self.config = self.model.config.to_dict()
         self.parameters, self.trainable = self.model.num_parameters(), self.model.num_parameters(only_trainable=True)
@@ -119,7 +120,8 @@ class PlainEngine:
         del self.model, self._optimizer
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        return without_frozen(self.model.state_dict(), self.model)
+        weights = self.model.state_dict()
+        return without_frozen(weights, self.model) if self._adapter else weights
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.precision == "bf16":

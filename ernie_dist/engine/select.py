@@ -25,8 +25,10 @@ def build_engine(
     world: World,
     *,
     pretrained: bool = False,
+    adapter: bool = False,
 ) -> Engine:
-    """`freezes`: every list of patterns that `Engine.freeze` will be called with; `pretrained`: build reads weights."""
+    """`freezes`: every list of patterns that `Engine.freeze` will be called with; `pretrained`: build reads weights;
+    `adapter`: all that does not require gradients is what build makes of it, and no part of a snapshot."""
     precision = spec.precision
     if precision == "auto":
         on_ampere = world.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
@@ -38,7 +40,9 @@ def build_engine(
         from ernie_dist.engine.plain import PlainEngine as make
     else:
         from ernie_dist.engine.deepspeed import DeepSpeedEngine as make
-    return make(spec, optimizer, freezes, build, loss, world, precision=precision, pretrained=pretrained)
+    return make(
+        spec, optimizer, freezes, build, loss, world, precision=precision, pretrained=pretrained, adapter=adapter
+    )
 
 
 def read_weights(kind: str, folder: Path) -> dict[str, torch.Tensor]:

@@ -12,10 +12,8 @@ _PLAIN = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.
 
 
 def without_frozen(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """Of a module's state what training may change: all of it; where weights are frozen, the others alone."""
+    """Of a module's state the weights that require gradients."""
     named = dict(module.named_parameters(remove_duplicate=False))  # a tied one is in `state` under both its names
-    if all(parameter.requires_grad for parameter in named.values()):
-        return state
     return {name: tensor for name, tensor in state.items() if name in named and named[name].requires_grad}
 
 

@@ -245,7 +245,7 @@ class ConsoleSink:
 
 def _parameters(event: AttemptStarted) -> str:
     text = f"{human_count(event.parameters)} parameters"
-    if event.trainable in (None, event.parameters):
+    if event.trainable is None:
         return text
     return f"{text}, {human_count(event.trainable)} of them ({event.trainable / event.parameters:.2%}) trained"
 

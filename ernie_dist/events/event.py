@@ -37,7 +37,7 @@ class AttemptStarted(Event):
     parameters: int
     versions: dict[str, str]
     trainable: int | None = None
-    """of the parameters; fewer than all with an adapter"""
+    """of the parameters, with an adapter; None: all"""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
     build = partial(build_model, model, VOCABULARY, 17, spec.gradient_checkpointing)
     freeze, pretrained = OF_ADAPTER if model.adapter else FREEZE, "base" in case
     make = partial(build_engine, optimizer=OptimizerSpec(), freezes=[freeze], build=build, world=world)
-    make = partial(make, pretrained=pretrained)
+    make = partial(make, pretrained=pretrained, adapter=model.adapter is not None)
     poison = [1.0]
     engine = make(spec, loss=lambda model, rows: summed_loss(model, rows) * poison[0])
     micro, results = case["micro"], []
