@@ -38,6 +38,8 @@ class Candidate:
 
     @property
     def name(self) -> str:
+        if self.adapter:
+            return f"{self.model} + {self.adapter}"
         return f"{self.model} before training" if self.before_training else self.model
 
     def open(self, device: str | None) -> ChatModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
         raise EnvironmentProblem(
             '--tasks: lm-evaluation-harness is not installed; pip install "ernie_dist[lm-eval]"'
         ) from None
-    names, manager = _named(tasks)
+    names, manager = _named(tuple(tasks))
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise SpecError(f"--tasks: the harness knows no {', '.join(unknown)}; `lm_eval ls tasks` lists its own")
@@ -33,7 +34,7 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    names, manager = _named(tasks)
+    names, manager = _named(tuple(tasks))
     found = simple_evaluate(
         model=HFLM(pretrained=chat.model, tokenizer=chat.tokenizer, batch_size=batch_size),
         tasks=names,
@@ -49,7 +50,9 @@ def run_tasks(
     }
 
 
-def _named(tasks: Sequence[str]) -> tuple[list[str], Any]:
+@cache
+def _named(tasks: tuple[str, ...]) -> tuple[list[str], Any]:
+    """Names of the tasks, and the harness's index of them; making one of its thousands of own tasks takes a while."""
     from lm_eval.tasks import TaskManager
 
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
@@ -60,4 +63,4 @@ def _named(tasks: Sequence[str]) -> tuple[list[str], Any]:
             names.append(str(yaml.safe_load(file.read_text(encoding="utf-8"))["task"]))
         except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
             raise SpecError(f"--tasks {file}: is no task of the harness ({error}); it needs a field `task`") from None
-    return names, TaskManager(include_path=folders or None)
+    return names, TaskManager(include_path=folders or None, include_defaults=len(files) < len(tasks))

@@ -261,7 +261,11 @@ class Renderer:
         self._name = name
         with tempfile.TemporaryDirectory(prefix="ernie-tokenizer-") as folder:
             published = publish(tokenizer, Path(folder))
-            published.require_chat(name)
+            if published.frame is None:
+                raise DataError(
+                    f"{name}: its tokenizer has no chat template, so it cannot be asked; use an instruction model, or "
+                    "put a chat_template.jinja in its folder"
+                )
             self.fingerprint = published.fingerprint
             self._replacements = tuple(published.label_replacements.items())
             self._encoder = Encoder(published.folder / "tokenizer.json", published.stop_id, published.frame)
