@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from ernie_dist.batch import Batch, stack
+from ernie_dist.batch import Batch, Row, stack
 from ernie_dist.checkpoint import CheckpointStore, verify
 from ernie_dist.engine.select import build_engine
 from ernie_dist.model.build import build_model
@@ -28,7 +28,7 @@ from ernie_dist.progress import Progress
 from ernie_dist.spec.errors import CheckpointError, CheckpointWriteError
 from ernie_dist.spec.job import parse_job
 from ernie_dist.spec.resolve import PackedLength, ResolvedJob, ResolvedSource, ResolvedTokenizer, resolve
-from ernie_dist.spec.run_files import complete_checkpoints
+from ernie_dist.spec.run_files import best_checkpoint, checkpoint_step, complete_checkpoints
 from ernie_dist.trusted_files import entry
 from ernie_dist.world import World
 
@@ -81,7 +81,7 @@ class Run:
         for _ in range(steps):
             generator = np.random.default_rng(self.progress.step)
             tokens = generator.integers(0, 64, (2, 32))
-            row = [(one, np.roll(one, -1), np.arange(32), np.array([32])) for one in tokens]
+            row = [Row(one, np.roll(one, -1), np.arange(32), np.array([32])) for one in tokens]
             self.engine.step(Batch(self.progress.step, "s", (stack(row),), ids(self.progress.step), 64), 1e-2)
             self.progress = self.progress.after(ids(self.progress.step))
             if self.store.due(self.progress):
@@ -247,6 +247,21 @@ def test_only_the_newest_are_kept(run: Run) -> None:
     names = [f"step_{step:08d}" for step in (8, 10, 12)]
     assert sorted(path.name for path in run.folder.iterdir()) == names
     assert [verify(run.folder / name) for name in names] == [None] * 3
+
+
+def test_the_best_one_is_kept_however_old_until_there_is_a_better_one(run: Run) -> None:
+    def save(best: int | None) -> list[int]:
+        run.store.save(run.engine, run.progress, {"recent": {}, "best": {"step": best}})
+        run.store.finish()
+        return [checkpoint_step(path) for path in complete_checkpoints(run.folder)]
+
+    assert save(2) == [4, 2]
+    kept = []
+    for best in (2, 2, 8, 8):
+        run.progress = run.progress.after(ids(run.progress.step)).after(ids(run.progress.step + 1))
+        kept.append(save(best))
+    assert kept == [[6, 4, 2], [8, 6, 4, 2], [10, 8, 6], [12, 10, 8]]
+    assert best_checkpoint(run.folder) == run.folder / "step_00000008"
 
 
 def test_what_a_killed_save_left_behind_neither_blocks_nor_counts(run: Run) -> None:
