@@ -5,6 +5,7 @@ messages --chat template--> prompt ids --generate, KV cache--> Answer, or pieces
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -28,6 +29,7 @@ from ernie_dist.data.render import control_tokens, is_control
 from ernie_dist.data.tokenizer import give_template
 from ernie_dist.spec.errors import DataError, ErnieError, SpecError
 
+_OTHER_BASE = "put it on the base it was trained for"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": ...}"""
@@ -353,8 +355,6 @@ def _export_of(folder: Path) -> Path:
 
 
 def _base_of(adapter: Path) -> str:
-    import json
-
     base = None
     with suppress(OSError, ValueError):
         base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -379,9 +379,6 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, base: str) -> PreTraine
     if unused:  # peft passes over what it finds no place for
         raise SpecError(f"{adapter}: does not fit {base}: no place for {min(unused)}; {_OTHER_BASE}")
     return adapted  # type: ignore[return-value]
-
-
-_OTHER_BASE = "put it on the base it was trained for"
 
 
 def _tokenizer(adapter: Path | None, base: str) -> PreTrainedTokenizerBase:
