@@ -32,6 +32,7 @@ from ernie_dist.spec.errors import DataError, ErnieError, SpecError
 from ernie_dist.spec.run_files import EXPORTED
 from ernie_dist.spec.training import ModelSpec
 
+_OTHER_BASE = "put it on the base it was trained for"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": ...}"""
@@ -382,9 +383,6 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, base: str) -> PreTraine
     if unused:  # peft passes over what it finds no place for
         raise SpecError(f"{adapter}: does not fit {base}: no place for {min(unused)}; {_OTHER_BASE}")
     return adapted  # type: ignore[return-value]
-
-
-_OTHER_BASE = "put it on the base it was trained for"
 
 
 def _refuse_other_base(adapter: Path, base: str) -> None:

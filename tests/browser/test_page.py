@@ -18,6 +18,8 @@ from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 from ernie_dist.data.documents import Turn
 
+pytest.importorskip("gradio")
+
 pytestmark = pytest.mark.browser
 
 GROWTH = """

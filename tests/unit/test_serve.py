@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+pytest.importorskip("fastapi")
+
 SERVE = (sys.executable, "-m", "launcher", "serve")
 CHAT = "/v1/chat/completions"
 
