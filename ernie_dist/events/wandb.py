@@ -272,7 +272,8 @@ class WandbSink:
             rows = []
             for cell in read_events(self._files.events):
                 if cell["event"] == "Evaluated" and cell["loss"] is not None:
-                    rows.append([cell["step"], cell["stage"], cell["source"], cell["loss"], perplexity(cell["loss"])])
+                    shown = None if cell.get("pairs") else perplexity(cell["loss"])
+                    rows.append([cell["step"], cell["stage"], cell["source"], cell["loss"], shown])
             if rows:
                 table = wandb.Table(columns=["step", "stage", "source", "loss", "perplexity"], data=rows)
                 run.summary.update({"eval/table": table})

@@ -33,9 +33,8 @@ class Cell:
     trained: bool
     """whether the stage just trained has this source in its mixture"""
 
-    @property
-    def perplexity(self) -> float:
-        return perplexity(self.loss)
+    pairs: bool
+    """whether the loss compares answers: it has no perplexity"""
 
 
 @dataclass(frozen=True)
@@ -262,6 +261,7 @@ def _matrix(job: ResolvedJob, evaluations: list[dict[str, Any]]) -> list[MatrixR
                 losses[source],
                 losses[source] - before[source].loss if source in before else None,
                 trained=source in mixtures.get(name, {}),
+                pairs=job.sources[source].kind == "preference",
             )
             for source in sorted(losses, key=list(job.sources).index)
             if source in job.sources
@@ -300,7 +300,7 @@ def _stage(
 
 def _mixture_perplexity(stage: ResolvedStage, row: MatrixRow | None, other: MatrixRow | None) -> float | None:
     """exp of the mean loss over the sources of the mixture that both rows know, so that the two can be compared."""
-    if row is None:
+    if row is None or stage.dpo is not None:
         return None
     known = [name for name in stage.mixture if name in row.cells and (other is None or name in other.cells)]
     if not known:
