@@ -27,7 +27,7 @@ def test_the_whole_road_from_python(taught: Any, tmp_path: Path) -> None:
     (tmp_path / "data/qa.jsonl").write_text("".join(rows * 8), encoding="utf-8")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(known["白芝产于哪里？"]) == 2 and known["金苓产于哪里？"] in done.stdout
