@@ -72,8 +72,9 @@ def check(page: Page) -> None:
     page.select_option("#order", "worst")
     expect(rows.first).to_contain_text("云苓可治什么？")
     expect(rows.first.locator("td").nth(3)).to_contain_text("cut off")
-    page.select_option("#metric", "loss")  # the lower the better: the answer that became shorter gained
-    expect(rows.last).to_contain_text("云苓可治什么？")
+    page.select_option("#metric", "loss")  # the lower the better, and here it grows with the answer
+    expect(rows.first).to_contain_text("青芷产于哪里？")
+    expect(rows.last).to_contain_text("白芷")
     page.select_option("#which", "cut")
     expect(rows).to_have_count(1)
     page.select_option("#which", "all")
