@@ -11,12 +11,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ernie_dist.inference import generate, load
+    from ernie_dist.inference import generate
+    from ernie_dist.loading import load
     from ernie_dist.run import Run
 
 __all__ = ["Run", "generate", "load"]
 
-_ROOMS = {"Run": "ernie_dist.run", "generate": "ernie_dist.inference", "load": "ernie_dist.inference"}
+_ROOMS = {"Run": "ernie_dist.run", "generate": "ernie_dist.inference", "load": "ernie_dist.loading"}
 
 
 def __getattr__(name: str) -> Any:

@@ -40,7 +40,7 @@ class Run:
 
     def load(self, **options: Any) -> ChatModel:
         """The model at the end, ready to answer; `options` are those of `ernie_dist.load`."""
-        from ernie_dist.inference import load
+        from ernie_dist.loading import load
 
         return load(self.files.root, **options)
 

@@ -176,7 +176,7 @@ def _sampling(options: Namespace, **more: Any) -> Any:
 def _model(folder: str, options: Namespace) -> Any:
     if Path(folder).exists():
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # a bar for a second of reading is noise
-    from ernie_dist.inference import load
+    from ernie_dist.loading import load
 
     for number in (signal.SIGTERM, signal.SIGHUP):  # nothing here goes on later, as a run does
         signal.signal(number, signal.SIG_DFL)

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from ernie_dist.evaluate.answer_loss import answer_losses, label_scores
 from ernie_dist.evaluate.generation import untrained
 from ernie_dist.evaluate.questions import Question, Rendered, Renderer
-from ernie_dist.inference import ChatModel, Sampling, load
+from ernie_dist.inference import ChatModel, Sampling
+from ernie_dist.loading import load
 from ernie_dist.spec.errors import DataError, EnvironmentProblem, ErnieError
 from ernie_dist.spec.run_files import RunFiles
 

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from ernie_dist.data.tokenizer import give_template
 from ernie_dist.evaluate.questions import Renderer, read_prepared
-from ernie_dist.inference import ChatModel, Sampling, load
+from ernie_dist.inference import ChatModel, Sampling
+from ernie_dist.loading import load
 from ernie_dist.model.build import build_model
 from ernie_dist.spec.resolve import ResolvedJob
 from ernie_dist.spec.run_files import RunFiles

@@ -17,7 +17,8 @@ from ernie_dist.data.tokenizer import train_and_publish
 from ernie_dist.evaluate.answer_loss import answer_losses, label_scores
 from ernie_dist.evaluate.asking import Candidate, How, ask
 from ernie_dist.evaluate.questions import Fields, Question, Renderer, choose_split, read_file, read_prepared
-from ernie_dist.inference import ChatModel, Sampling, load
+from ernie_dist.inference import ChatModel, Sampling
+from ernie_dist.loading import load
 from ernie_dist.model.build import build_model
 from ernie_dist.model.loss import summed_loss
 from ernie_dist.spec.curriculum import SourceSpec, SplitSpec

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ernie_dist.inference import ChatModel, Sampling, generate, load
+from ernie_dist.inference import ChatModel, Sampling, generate
+from ernie_dist.loading import load
 from ernie_dist.spec.errors import DataError, SpecError
 
 torch.set_num_threads(1)

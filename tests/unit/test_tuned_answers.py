@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from ernie_dist.data.prepare import prepare
 from ernie_dist.data.resolve import resolve_prepared
 from ernie_dist.events.history import read_all_attempts, read_events
-from ernie_dist.inference import Sampling, load
+from ernie_dist.inference import Sampling
+from ernie_dist.loading import load
 from ernie_dist.spec.errors import CheckpointError, SpecError
 from ernie_dist.spec.job import parse_job
 from ernie_dist.spec.run_files import RunFiles
