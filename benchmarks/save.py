@@ -73,7 +73,7 @@ class _Trained:
         import torch
 
         from benchmarks.synthetic import one_stage_job, write_source
-        from ernie_dist.batch import Batch, stack
+        from ernie_dist.batch import Batch, Row, stack
         from ernie_dist.checkpoint import CheckpointStore
         from ernie_dist.data.packing import plan_packs
         from ernie_dist.engine.select import build_engine
@@ -98,7 +98,7 @@ class _Trained:
         job = one_stage_job(write_source(scratch / "source", packs, (4000 * 127,), seed=None), 128, 1000)
         self._store = CheckpointStore(scratch / "checkpoints", job, World())
         tokens = np.random.default_rng(0).integers(0, 180_000, 128)
-        row = (tokens, np.roll(tokens, -1), np.arange(128), np.array([128]))
+        row = Row(tokens, np.roll(tokens, -1), np.arange(128), np.array([128]))
         self._batch = Batch(0, "only", (stack([row]),), np.zeros((1, 2), np.int64), 128)
         self._progress = Progress.start()
         torch.manual_seed(0)

@@ -6,7 +6,8 @@ global batch --dealt to ranks--> Batch --cut--> MicroBatch [B, T] --one forward 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +16,34 @@ IGNORED = -100
 """the label of a position outside the loss"""
 
 
-Row = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""a packed sequence: tokens, labels, positions int64 [T]; lengths of its documents int64 [documents], padding last"""
+class Row(NamedTuple):
+    """A packed sequence."""
+
+    tokens: np.ndarray
+    """int64 [T], as labels and positions"""
+    labels: np.ndarray
+    positions: np.ndarray
+    documents: np.ndarray
+    """int64 [documents]: their lengths, padding last"""
+    pairs: np.ndarray | None = None
+    """int64 [pairs, 2], where documents come in pairs: source number, and number of the pair in that source's packs"""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The chosen and rejected answers in a micro-batch: P pairs."""
+
+    chosen_P: torch.Tensor
+    """int64: the document with the chosen answer; the one with the rejected answer follows it"""
+    ids_P2: np.ndarray
+    """int64: source number, and number of the pair in that source's packs"""
+    reference_P: torch.Tensor | None = None
+    """float32: log p(chosen) - log p(rejected) of the reference, once it was looked up"""
+    beta: float = 0.0
+
+    def to(self, device: torch.device) -> Pairs:
+        reference_P = None if self.reference_P is None else self.reference_P.to(device)
+        return replace(self, chosen_P=self.chosen_P.to(device), reference_P=reference_P)
 
 
 @dataclass(frozen=True)
@@ -43,8 +70,15 @@ class MicroBatch:
     """int32 [documents + 1]: 0 and the end of every document in the flattened B*T positions; padding is one too"""
     longest: int
     """positions of the longest document"""
+    pairs: Pairs | None = None
+    """where the loss compares answers"""
     chance: Chance | None = None
     """None: nothing is left to it"""
+
+    @property
+    def weight(self) -> int:
+        """How many the loss is a sum over: pairs of answers, or labelled positions."""
+        return len(self.pairs.chosen_P) if self.pairs else int((self.labels_BT != IGNORED).sum())
 
     def to(self, device: torch.device) -> MicroBatch:
         if device.type == "cpu":
@@ -53,7 +87,8 @@ class MicroBatch:
             tensor.pin_memory().to(device, non_blocking=True)
             for tensor in (self.tokens_BT, self.labels_BT, self.positions_BT, self.document_ends)
         )
-        return MicroBatch(*moved, longest=self.longest, chance=self.chance)
+        pairs = self.pairs and self.pairs.to(device)
+        return MicroBatch(*moved, longest=self.longest, pairs=pairs, chance=self.chance)
 
 
 @dataclass(frozen=True)
@@ -71,15 +106,24 @@ class Batch:
 
 def stack(rows: Sequence[Row]) -> MicroBatch:
     """Rows of equal length -> one micro-batch."""
-    tokens, labels, positions, documents = zip(*rows, strict=True)
+    tokens, labels, positions, documents, _ = zip(*rows, strict=True)
     lengths = np.concatenate(documents)
     ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     tensors = (torch.from_numpy(np.stack(part)) for part in (tokens, labels, positions))
-    return MicroBatch(*tensors, document_ends=torch.from_numpy(ends), longest=int(lengths.max()))
+    return MicroBatch(*tensors, torch.from_numpy(ends), int(lengths.max()), _pairs(rows))
+
+
+def _pairs(rows: Sequence[Row]) -> Pairs | None:
+    ids = [row.pairs for row in rows if row.pairs is not None]
+    if not ids:
+        return None
+    before = np.cumsum([0, *(len(row.documents) for row in rows)])
+    chosen = [first + 2 * np.arange(len(own)) for first, own in zip(before, ids, strict=False)]
+    return Pairs(torch.from_numpy(np.concatenate(chosen)), np.concatenate(ids))
 
 
 def empty_micro_batch(sequence_length: int) -> MicroBatch:
     """A row of padding, for a rank that has nothing left while others do: collectives need everyone."""
     nothing = np.zeros(sequence_length, np.int64)
-    row = (nothing, np.full(sequence_length, IGNORED), np.arange(sequence_length), np.array([sequence_length]))
+    row = Row(nothing, np.full(sequence_length, IGNORED), np.arange(sequence_length), np.array([sequence_length]))
     return stack([row])

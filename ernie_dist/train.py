@@ -31,9 +31,10 @@ from ernie_dist.heartbeat import Heartbeat, Phase
 from ernie_dist.meter import Meter
 from ernie_dist.model.base_weights import base_fingerprint
 from ernie_dist.model.build import build_model
-from ernie_dist.model.loss import summed_loss
+from ernie_dist.model.loss import answer_log_probabilities, summed_loss
 from ernie_dist.preflight import preflight
 from ernie_dist.progress import Progress
+from ernie_dist.references import References
 from ernie_dist.rewind import Refusals, check_position
 from ernie_dist.schedule import learning_rate
 from ernie_dist.spec.errors import EnvironmentProblem, RanksDiffer
@@ -97,9 +98,14 @@ class _Attempt:
             self.events.emit(events.Stopped(self.progress.step, self.stop.reason()))
         for batch in self._batches(none=stopping):
             since, self.progress = self.progress.batch_index, self.progress.skipping_to(batch.index)
-            beat.enter(Phase.FIRST_STEP if stage is None else Phase.STEP, self.progress.step + 1)
+            phase = Phase.FIRST_STEP if stage is None else Phase.STEP
             if stage is None or batch.index >= stage.end_batch:
                 stage = self._begin_stage(batch)
+                stopping = stage.dpo is not None and since <= stage.first_batch and not self._ask_references(stage)
+                if stopping:
+                    break
+            beat.enter(phase, self.progress.step + 1)
+            batch = self.references.of_batch(batch) if stage.dpo and self.references else batch
             rate = learning_rate(job, self.progress)
             result = engine.step(batch, rate, accepts=refusals.accepts(stage.name), flag=self.stop.pending)
             self.progress = self.progress.after(batch.sequence_ids)
@@ -150,6 +156,25 @@ class _Attempt:
         self.events.emit(events.StageStarted(self.progress.step, stage.name, number, stage.batches, tokens))
         return stage
 
+    def _ask_references(self, stage: ResolvedStage) -> bool:
+        """Asks the model about a preference stage's pairs, before its first step. False if a stop came first."""
+        self.beat.enter(Phase.EVALUATE, self.progress.step)
+        found = References.measure(
+            self.job, stage, self.engine, self.world, answer_log_probabilities, self.stop.requested
+        )
+        if found is None:
+            saving = self.progress.step > 0 and self.stop.save_fits()
+            if saving:
+                self.store.save(self.engine, self.progress, {"recent": self.refusals.recent.to_json()})
+            self._tell_of_saves(wait=True)
+            self.events.emit(self._stopped(saved=saving))
+            return False
+        if self.world.is_main:
+            self.fence()
+            found.write(self.files.references(stage.name))
+        self.references = self.held_out.references = found
+        return True
+
     def _record(self, batch: Batch, stage: ResolvedStage, rate: float, result: Any) -> None:
         progress, slowest = self.progress, self.busy.add(self.meter.reading + result.busy_seconds)
         speed, mfu = self.meter.step(stage)
@@ -167,6 +192,7 @@ class _Attempt:
                 mfu=mfu,
                 attempt=self.attempt,
                 batch_hash=progress.batch_hash,
+                **dict(zip(("preference_accuracy", "preference_margin"), result.figures, strict=False)),
                 applied=result.applied,
                 slowest_rank=slowest.rank if slowest else None,
                 rank_imbalance=slowest.imbalance if slowest else None,
@@ -198,7 +224,7 @@ class _Attempt:
                 for event in read_events(self.files.events)
                 if event["event"] == "Evaluated" and event["step"] == progress.step and event["at_stage_end"] >= at_end
             }
-            owed = bool(self.held_out.sources - done)
+            owed = not done.issuperset(self.held_out.sources)
         if self.world.any(owed):
             self._evaluate(stage, at_end=at_end)
 
@@ -215,6 +241,7 @@ class _Attempt:
                     source=measured.source,
                     loss=measured.loss,
                     tokens=measured.tokens,
+                    pairs=self.job.sources[measured.source].kind == "preference",
                     consumed_tokens=self.job.consumed_tokens(progress.batch_index),
                     at_stage_end=at_end,
                 )
@@ -225,6 +252,9 @@ class _Attempt:
     def _restore(self) -> None:
         restored = self.store.restore(self.engine)
         self.progress = self._accept(restored) if restored else Progress.start()
+        begun = [stage for stage in self.job.stages if stage.dpo and stage.first_batch < self.progress.batch_index]
+        self.references = References.read(self.files.references(begun[-1].name), begun[-1]) if begun else None
+        self.held_out.references = self.references
         recent = Recent.from_json(restored.extra["recent"]) if restored and restored.extra else Recent()
         self.refusals = Refusals(self.job.spec, recent, self.skips, self.files, self.attempt, self.world, self.events)
 

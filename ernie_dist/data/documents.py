@@ -2,6 +2,7 @@
 
 {"ask": ..., "answer": ...} --template--> "..."
 {"messages": [...]} --layout--> (Turn(system), Turn(user), Turn(assistant), ...)
+{"prompt", "chosen", "rejected"} --layout--> Preference(conversation, conversation)
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ernie_dist.data import triples
@@ -34,7 +35,16 @@ class Turn(NamedTuple):
 
 
 Conversation = tuple[Turn, ...]
-Document = str | Conversation
+
+
+class Preference(NamedTuple):
+    """One conversation with two last answers, of which the first was preferred."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+
+Document = str | Conversation | Preference
 
 
 def document_maker(source: SourceSpec) -> Callable[[Row], Document]:
@@ -51,10 +61,18 @@ def document_maker(source: SourceSpec) -> Callable[[Row], Document]:
         return lambda row: _exchange(*triples.question_and_answer(*_triple(row)))
     if source.conversation is not None:
         return _LAYOUTS[source.conversation]
+    if source.preference is not None:
+        return _PREFERENCES[source.preference]
     assert source.prompt is not None and source.response is not None
     prompt, response = _field_or_template(source.prompt), _field_or_template(source.response)
     system = _field_or_template(source.system) if source.system is not None else None
     return lambda row: _exchange(prompt(row), response(row), system(row) if system else None)
+
+
+def turns(document: Conversation | Preference) -> Iterator[Turn]:
+    """All turns; of a pair those that both conversations share as often as they are in it."""
+    for conversation in document if isinstance(document, Preference) else (document,):
+        yield from conversation
 
 
 def canonical(document: Document) -> bytes:
@@ -224,6 +242,59 @@ _LAYOUTS: dict[str, Callable[[Row], Conversation]] = {
     "sharegpt": _sharegpt,
     "erniekit": _erniekit,
 }
+
+
+def _pairs(row: Row) -> Preference:
+    """{"prompt": question or messages, "chosen": answer or messages, "rejected": the same, "system"?}"""
+    prompt = _get(row, "prompt") if "prompt" in row else []
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    _check_type(before, list, "field 'prompt'", "text or a list of messages")
+    if row.get("system"):
+        before = [{"role": "system", "content": _text(row, "system")}, *before]
+    sides = []
+    for name in ("chosen", "rejected"):
+        answer = _get(row, name)
+        after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+        _check_type(after, list, f"field {name!r}", "text or a list of messages")
+        sides.append([*before, *after])
+    return _preference(*([(turn.role, turn.content) for turn in _messages({"messages": side})] for side in sides))
+
+
+def _erniekit_pairs(row: Row) -> Preference:
+    """{"src": question(s), "tgt": answers but the last, "response": [answer, answer], "sort": the higher is better}"""
+    questions, answers = ([side] if isinstance(side, str) else side for side in (_get(row, "src"), row.get("tgt", [])))
+    for name, side in (("src", questions), ("tgt", answers)):
+        _check_type(side, list, f"field {name!r}", "text or a list of texts")
+    if len(questions) != len(answers) + 1:
+        raise BadRow(f"src has {len(questions)} turns and tgt has {len(answers)}; tgt must lack the last answer")
+    responses, sort = _list(row, "response"), _list(row, "sort")
+    texts = [one[0] if isinstance(one, list) and len(one) == 1 else one for one in responses]
+    if len(texts) != 2 or len(sort) != 2 or sort[0] == sort[1] or not all(isinstance(one, int) for one in sort):
+        raise BadRow(f"expected two responses and two different numbers in sort; got {len(texts)} and {sort!r}")
+    turns = [(role, content) for role, content, _ in _system(row)]
+    for question, answer in zip(questions, answers, strict=False):
+        turns += [("user", question), ("assistant", answer)]
+    turns.append(("user", questions[-1]))
+    chosen, rejected = texts if sort[0] > sort[1] else reversed(texts)
+    return _preference([*turns, ("assistant", chosen)], [*turns, ("assistant", rejected)])
+
+
+_PREFERENCES: dict[str, Callable[[Row], Preference]] = {"pairs": _pairs, "erniekit": _erniekit_pairs}
+
+
+def _preference(*sides: Sequence[tuple[str, Any]]) -> Preference:
+    """Of each side only the last answer counts; what comes before it must be the same."""
+    last = [len(side) - 1 for side in sides]
+    made = [
+        _conversation([(role, content, number == end) for number, (role, content) in enumerate(side)])
+        for side, end in zip(sides, last, strict=True)
+    ]
+    chosen, rejected = made
+    if chosen[:-1] != rejected[:-1]:
+        raise BadRow("chosen and rejected answer different conversations; only the last answer may differ")
+    if chosen[-1] == rejected[-1]:
+        raise BadRow("chosen and rejected are the same answer")
+    return Preference(chosen, rejected)
 
 
 def _system(row: Row) -> list[tuple[str, Any, bool]]:

@@ -5,18 +5,21 @@ sequence ids --pack plan--> pieces --token files--> rows [T] --stack--> MicroBat
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ernie_dist.batch import IGNORED, Batch, Chance, Row, stack
+from ernie_dist.batch import IGNORED, Batch, Chance, MicroBatch, Row, empty_micro_batch, stack
 from ernie_dist.data.curriculum import Curriculum, deal
 from ernie_dist.data.packing import Packs, ranges
+from ernie_dist.data.render import REJECTED
 from ernie_dist.data.shard import PreparedSource
 from ernie_dist.data.shuffle import mix
 from ernie_dist.spec.resolve import ResolvedJob, ResolvedStage
@@ -31,8 +34,9 @@ _AT_ONCE = 1 << 17
 class SequenceReader:
     """Sequences of one prepared source at one length."""
 
-    def __init__(self, source: PreparedSource, packs: Packs, loss: str) -> None:
-        self.source, self.packs = source, packs
+    def __init__(self, source: PreparedSource, packs: Packs, loss: str, number: int = 0) -> None:
+        """`number` is the source's in its stage, by which pairs of answers are known."""
+        self.source, self.packs, self._number = source, packs, number
         self._lowest = _LOWEST_MASK[loss]
         self._replacements = source.manifest.label_replacements
 
@@ -43,8 +47,16 @@ class SequenceReader:
         """Packed sequences, int64 [n]. What is left at an end is padding: token 0, no label, and its own document."""
         count, length = len(sequences), self.packs.sequence_length
         starts, lengths, pieces = self.packs.pieces_of(sequences)
-        ends = np.cumsum(lengths)
         ids, mask = self.source.gather(starts, lengths)
+        pairs: Sequence[np.ndarray | None] = [None] * count
+        if self.source.kind == "preference":
+            assert mask is not None
+            numbers = ranges(self.packs.offsets[sequences], pieces)
+            ids_P2 = np.stack([np.full_like(numbers, self._number), numbers], axis=1)
+            pairs = np.split(ids_P2, np.cumsum(pieces)[:-1])
+            chosen = np.add.reduceat(mask < REJECTED, np.cumsum(lengths) - lengths, dtype=np.int64)
+            lengths, pieces = np.stack([chosen, lengths - chosen], axis=1).reshape(-1), 2 * pieces
+        ends = np.cumsum(lengths)
         labels = np.append(self._labels(ids, mask)[1:], IGNORED)
         labels[ends - 1] = IGNORED  # the last token of a document predicts nothing
         used = np.diff(ends[np.cumsum(pieces) - 1], prepend=0)
@@ -56,12 +68,12 @@ class SequenceReader:
         positions_NT = ranges(np.zeros_like(documents), documents).reshape(count, length)
         own = np.split(documents, np.cumsum(pieces + 1)[:-1])
         own = [lengths if lengths[-1] else lengths[:-1] for lengths in own]
-        return list(zip(tokens_NT, labels_NT, positions_NT, own, strict=True))
+        return [Row(*parts) for parts in zip(tokens_NT, labels_NT, positions_NT, own, pairs, strict=True)]
 
     def _labels(self, ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         if mask is None:
             return ids
-        labels = np.where(mask >= self._lowest, ids, IGNORED)
+        labels = np.where(mask % REJECTED >= self._lowest, ids, IGNORED)
         # The token that ends a turn stays in the input, but what the model learns to say there is the stop token.
         for written, meant in self._replacements.items():
             labels[labels == written] = meant
@@ -73,14 +85,14 @@ class BatchLoader:
 
     def __init__(self, job: ResolvedJob, world: World) -> None:
         self.curriculum, self._world = Curriculum(job), world
-        self._readers: dict[tuple[str, int, str], SequenceReader] = {}
+        self._readers: dict[tuple[str, int, str, int], SequenceReader] = {}
 
     def __getitem__(self, batch_index: int) -> Batch:
         stage, order, ids = self.curriculum.locate(batch_index)
         mine = deal(ids, self._world.rank, self._world.size)
-        rows: list[Row] = [()] * len(mine)  # type: ignore[list-item]
+        rows: list[Any] = [None] * len(mine)
         for number in np.unique(mine[:, 0]).tolist():
-            reader = self._reader(order.sources[number], stage.sequence_length, stage.loss)
+            reader = self._reader(order.sources[number], stage.sequence_length, stage.loss, number)
             where = np.flatnonzero(mine[:, 0] == number)
             sequences = order.packed(number, mine[where, 1])
             at_once = max(1, _AT_ONCE // stage.sequence_length)
@@ -104,12 +116,22 @@ class BatchLoader:
         seeds = tuple(mix(job.seed, batch_index, place) for place in range(first, first + size))
         return Chance(seeds, stage.neftune_alpha)
 
-    def _reader(self, name: str, sequence_length: int, loss: str) -> SequenceReader:
-        key = (name, sequence_length, loss)
+    def _reader(self, name: str, sequence_length: int, loss: str, number: int) -> SequenceReader:
+        key = (name, sequence_length, loss, number)
         if key not in self._readers:
             source = PreparedSource.open(Path(self.curriculum.job.sources[name].folder))
-            self._readers[key] = SequenceReader(source, source.packs("train", sequence_length), loss)
+            self._readers[key] = SequenceReader(source, source.packs("train", sequence_length), loss, number)
         return self._readers[key]
+
+
+def dealt(reader: SequenceReader, sequences: np.ndarray, world: World, size: int) -> Iterator[MicroBatch]:
+    """Every n-th of the sequences, int64 [sequences], in equally many micro-batches of at most `size` on all ranks:
+    under ZeRO-3 each one is a collective."""
+    mine = sequences[world.rank :: world.size]
+    rounds = math.ceil(math.ceil(len(sequences) / world.size) / size)
+    for first in range(0, rounds * size, size):
+        part = mine[first : first + size]
+        yield stack(reader.rows(part)) if len(part) else empty_micro_batch(reader.packs.sequence_length)
 
 
 def load_batches(

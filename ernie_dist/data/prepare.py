@@ -67,7 +67,7 @@ def _prepare(
     found = Survey(job)
     published = found.find_tokenizer() or _publish_tokenizer(found)
     for name, source in job.sources.items():
-        if source.kind == "chat":
+        if source.kind != "text":
             published.require_chat(name)
     planned = found.plan(published)
     missing = [item for item in planned if not item.is_complete]
@@ -116,7 +116,7 @@ def _check_disk_space(data_dir: Path, missing: list[PlannedSource], vocab_size: 
         done = read_shards(item.tokens_folder)
         if done and done[-1].last:
             continue
-        bytes_per_token = (2 if vocab_size <= 1 << 16 else 4) + (item.source.kind == "chat")
+        bytes_per_token = (2 if vocab_size <= 1 << 16 else 4) + (item.source.kind != "text")
         for record in item.records:
             needed += int(unpacked_bytes(Path(record.path)) / 2.5) * bytes_per_token
     available = shutil.disk_usage(data_dir).free
@@ -161,7 +161,7 @@ def _manifest_maker(item: PlannedSource, published: PublishedTokenizer, token_ty
                 "tokenizer_fingerprint": published.fingerprint,
                 "vocab_size": published.vocab_size,
                 "token_type": token_type,
-                "label_replacements": published.label_replacements if item.source.kind == "chat" else {},
+                "label_replacements": published.label_replacements if item.source.kind != "text" else {},
                 "inputs": item.records,
                 "versions": {name: version(name) for name in ("tokenizers", "numpy")},
                 **counts,

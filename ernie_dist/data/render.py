@@ -3,6 +3,8 @@
     text          [t t t t t t </s>]                       no mask
     conversation  [<bos>User: q\\nAssistant: |a a a <eot>]  mask 0 0 0 0|2 2 2 2
 
+    preference    a conversation and its other ending, the mask of the second raised by 4
+
 Mask value k at token i: predicting token i counts. 0 not at all, 1 as an answer, 2 as the last answer.
 """
 
@@ -18,10 +20,13 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
-from ernie_dist.data.documents import BadRow, Conversation, Turn
+from ernie_dist.data.documents import BadRow, Conversation, Document, Preference, turns
+from ernie_dist.spec.curriculum import Kind
 from ernie_dist.spec.errors import DataError
 
 ANSWER, LAST_ANSWER = 1, 2
+REJECTED = 4
+"""added to the mask of all of a rejected conversation, which follows the chosen one"""
 
 _PART = 1 << 18
 """characters encoded at once: an encoding takes about 100 times its text in memory"""
@@ -143,13 +148,22 @@ class Encoder:
         names = sorted((token.content for token in control), key=lambda name: (-len(name), name))
         self._control = re.compile("|".join(map(re.escape, names))) if names else None
 
-    def check(self, conversation: Sequence[Turn]) -> None:
+    def check(self, document: Document) -> None:
         """Raises BadRow if a turn holds a control token written out: the template would take it for its own."""
-        if self._control is None:
+        if self._control is None or isinstance(document, str):
             return
-        for number, turn in enumerate(conversation, 1):
+        for number, turn in enumerate(turns(document), 1):
             if found := self._control.search(turn.content):
                 raise BadRow(f"turn {number} ({turn.role}) holds the control token {found[0]} as text; remove it there")
+
+    def encode(self, kind: Kind, documents: Sequence[Any]) -> Encoding:
+        """Documents of one kind."""
+        encoders: dict[Kind, Callable[[Any], Encoding]] = {
+            "text": self.encode_text,
+            "chat": self.encode_conversations,
+            "preference": self.encode_preferences,
+        }
+        return encoders[kind](documents)
 
     def encode_text(self, documents: Sequence[str]) -> Encoding:
         """Plain text, each document followed by the stop token. Control tokens written out stay text."""
@@ -194,6 +208,14 @@ class Encoder:
         mask = np.repeat(np.array(values, np.uint8), sizes)
         ends = np.concatenate([[0], np.cumsum(sizes)])[np.concatenate([[0], np.cumsum(counts)])]
         return Encoding(np.array(ids, np.uint32), mask, np.diff(ends).astype(np.uint32))
+
+    def encode_preferences(self, preferences: Sequence[Preference]) -> Encoding:
+        """Both conversations of each pair, one after the other, as one document: they are never packed apart."""
+        both = self.encode_conversations([conversation for pair in preferences for conversation in pair])
+        assert both.mask is not None
+        rejected = np.repeat(np.arange(len(both.lengths)) % 2 == 1, both.lengths)
+        mask = both.mask + rejected.astype(np.uint8) * np.uint8(REJECTED)
+        return Encoding(both.tokens, mask, both.lengths.reshape(-1, 2).sum(axis=1, dtype=np.uint32))
 
 
 def is_control(content: str, special: bool) -> bool:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from ernie_dist.data.packing import Packs, ranges
 from ernie_dist.data.split import SPLITS
+from ernie_dist.spec.curriculum import Kind
 from ernie_dist.spec.errors import DataError
 from ernie_dist.spec.strict import Strict
 
@@ -60,7 +61,7 @@ class Manifest(Strict):
 
     format: Literal[1] = 1
     name: str
-    kind: Literal["text", "chat"]
+    kind: Kind
     fingerprint: str
     tokenizer_fingerprint: str
     vocab_size: int
@@ -102,7 +103,7 @@ class PreparedSource:
         self._starts: list[int] = starts.tolist()
         shards = [(tokens_folder / f"{number:05d}", size) for number, size in enumerate(manifest.shard_tokens)]
         self._tokens = [map_array(shard / "tokens.bin", manifest.token_type, size) for shard, size in shards]
-        masked = shards if manifest.kind == "chat" else []
+        masked = [] if manifest.kind == "text" else shards
         self._masks = [map_array(shard / "mask.bin", "uint8", size) for shard, size in masked]
 
     @classmethod

@@ -23,7 +23,7 @@ from ernie_dist.spec.job import JobSpec, fingerprint
 
 # What of a SourceSpec decides the tokens. The rest decides which documents are used, or nothing.
 _TOKENS_FIELDS = {
-    *("encoding", "text", "prompt", "response", "system", "conversation", "triples"),
+    *("encoding", "text", "prompt", "response", "system", "conversation", "preference", "triples"),
     *("dataset_split", "subset"),
 }
 
@@ -127,7 +127,7 @@ class Survey:
         planned = []
         for name, source in self.job.sources.items():
             content = fingerprint([self._content(name), published.fingerprint])
-            split, overlong = self.split(name), source.overlong if source.kind == "chat" else None
+            split, overlong = self.split(name), None if source.kind == "text" else source.overlong
             whole = fingerprint([content, split.model_dump(mode="json"), source.dedupe, overlong])
             tokens_folder, folder = (self.data_dir / name / part for part in (f"tokens-{content}", whole))
             inputs, records = self.inputs[name], self.records[name]

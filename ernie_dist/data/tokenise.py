@@ -169,7 +169,7 @@ def _start_worker(tokenizer: PublishedTokenizer) -> None:
 def encode_block(block: Block, source: SourceSpec, encode: bool) -> Encoded:
     """Rows -> documents -> tokens; without `encode` the rows are only checked. Runs in a worker."""
     assert _encoder is not None
-    make, is_chat = document_maker(source), source.kind == "chat"
+    make = document_maker(source)
     documents: list[Any] = []
     digests: list[int] = []
     bad: list[BadLine] = []
@@ -181,8 +181,7 @@ def encode_block(block: Block, source: SourceSpec, encode: bool) -> Encoded:
                 raise BadRow(row.reason)
             document: Document = make(row)
             content = canonical(document)
-            if not isinstance(document, str):
-                _encoder.check(document)
+            _encoder.check(document)
         except BadRow as error:
             raw = row.raw if isinstance(row, Broken) else json.dumps(row, ensure_ascii=False, default=str)
             bad.append(BadLine(index, line, str(error), raw))
@@ -191,7 +190,7 @@ def encode_block(block: Block, source: SourceSpec, encode: bool) -> Encoded:
             digests.append(digest(content))
     if not encode:
         documents, digests = [], []
-    encoding = _encoder.encode_conversations(documents) if is_chat else _encoder.encode_text(documents)
+    encoding = _encoder.encode(source.kind, documents)
     return Encoded(rows, encoding.tokens, encoding.mask, encoding.lengths, np.array(digests, np.uint64), bad)
 
 
@@ -275,7 +274,7 @@ class _ShardWriter:
         self._aside = folder / f"{number:05d}.partial"
         self._token_type = np.dtype(token_type)
         names = ("tokens.bin", "lengths.bin", "digests.bin", "bad.jsonl", "mask.bin")
-        self._names = names if kind == "chat" else names[:-1]
+        self._names = names[:-1] if kind == "text" else names
         self._files: dict[str, BinaryIO] = {}
         self._rows = self._documents = self._tokens = self._bad = 0
         self.size = 0

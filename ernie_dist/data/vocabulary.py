@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ernie_dist.data.documents import BadRow, canonical, document_maker
+from ernie_dist.data.documents import BadRow, canonical, document_maker, turns
 from ernie_dist.data.inputs import Input
 from ernie_dist.data.readers import Broken, line_encoding, parse_block, read_blocks
 from ernie_dist.data.split import SPLITS, digest, split_of
@@ -37,4 +37,4 @@ def training_texts(sources: list[tuple[SourceSpec, list[Input], SplitSpec]]) -> 
                 if (value & 0xFFFFFFFF) >= sampled:
                     continue
                 if SPLITS[int(split_of(np.array([value], np.uint64), split)[0])] == "train":
-                    yield from (document,) if isinstance(document, str) else (turn.content for turn in document)
+                    yield from (document,) if isinstance(document, str) else (turn.content for turn in turns(document))

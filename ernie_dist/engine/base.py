@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from ernie_dist.batch import Batch, MicroBatch
 
@@ -18,17 +19,23 @@ class StepResult:
     """One optimizer step, seen from the whole world."""
 
     loss: float
-    """mean over the labelled positions of the whole batch, in nats"""
+    """mean over the labelled positions of the whole batch, or over its pairs of answers, in nats"""
     grad_norm: float
     """2-norm before clipping"""
     loss_tokens: int
-    """labelled positions of the whole batch"""
+    """labelled positions of the whole batch, or pairs of answers: what the loss is a mean over"""
     applied: bool
     """False where the update was left out: refused, or skipped by the engine (fp16 overflow)"""
     flagged: bool
     """whether any rank raised its flag"""
+    figures: tuple[float, ...]
+    """means of what the loss function gave besides the loss"""
     busy_seconds: float = field(compare=False)
     """this rank's forward passes, which wait for no other rank; under ZeRO-3 they do, and all ranks look alike"""
+
+
+Measure = Callable[[nn.Module, MicroBatch], torch.Tensor]
+Measured = tuple[MicroBatch, torch.Tensor]
 
 
 class ForwardClock:
@@ -110,6 +117,13 @@ class Engine(Protocol):
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:
         """Loss summed over labelled positions, and their number, over all ranks' equally many micro-batches."""
+        ...
+
+    def measure(self, function: Measure, batches: Iterable[MicroBatch]) -> Iterator[Measured]:
+        """Each micro-batch, and what `function` makes of the model and it, without gradients, in evaluation mode.
+
+        Collective: equally many micro-batches on all ranks.
+        """
         ...
 
     def freeze(self, patterns: Sequence[str]) -> None:

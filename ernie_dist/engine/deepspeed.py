@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
@@ -30,8 +30,8 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from ernie_dist.batch import IGNORED, Batch, MicroBatch
-from ernie_dist.engine.base import ForwardClock, StepResult, always, never
+from ernie_dist.batch import Batch, MicroBatch
+from ernie_dist.engine.base import ForwardClock, Measure, Measured, StepResult, always, never
 from ernie_dist.engine.optimizer import ParameterGroups, adamw
 from ernie_dist.engine.replicas import digest
 from ernie_dist.engine.snapshot import HostCopy, without_frozen
@@ -55,8 +55,8 @@ class _WithLoss(nn.Module):
         super().__init__()
         self.model, self._loss = model, loss
 
-    def forward(self, batch: MicroBatch) -> torch.Tensor:
-        return self._loss(self.model, batch)
+    def forward(self, batch: MicroBatch, function: Measure | None = None) -> torch.Tensor:
+        return (function or self._loss)(self.model, batch)
 
 
 class _Files(CheckpointEngine):
@@ -139,30 +139,32 @@ class DeepSpeedEngine:
         if not self._training:  # walks every module; DeepSpeed's own `training` never changes
             engine.train()
             self._training = True
-        labelled = sum(int((micro.labels_BT != IGNORED).sum()) for micro in batch.micro_batches)
-        counted = world.begin_sum(torch.tensor(labelled))  # wanted by the first backward, not before
+        mine = sum(micro.weight for micro in batch.micro_batches)
+        counted = world.begin_sum(torch.tensor(mine))  # wanted by the first backward, not before
         self._groups.set_learning_rate(self._optimizer.param_groups, learning_rate)
-        sums, clock = torch.zeros(2, device=self._device), ForwardClock(self._device)
+        totals: list[torch.Tensor] = []
+        clock = ForwardClock(self._device)
         for number, micro in enumerate(batch.micro_batches, start=1):
             engine.set_gradient_accumulation_boundary(number == len(batch.micro_batches))
             with clock:
-                summed = engine(micro.to(self._device))
-            sums[0] += summed.detach()
-            engine.backward(summed * (world.size / max(1, int(counted()))), scale_wrt_gas=False)
-        sums[1] = float(flag())
-        summed_up = world.begin_sum(sums)
-        loss_tokens, before_clipping = int(counted()), self._grad_norm_before_step()
+                summed = engine(micro.to(self._device)).reshape(-1)
+            totals.append(summed.detach())
+            engine.backward(summed[0] * (world.size / max(1, int(counted()))), scale_wrt_gas=False)
+        flags = torch.full((1,), float(flag()), device=self._device)
+        summed_up = world.begin_sum(torch.cat([torch.stack(totals).sum(dim=0), flags]))
+        weight, before_clipping = int(counted()), self._grad_norm_before_step()
 
         @cache
         def accepted() -> bool:  # asked for every parameter group
-            return accepts(summed_up()[0].item() / max(1, loss_tokens), self._grad_norm(before_clipping))
+            return accepts(summed_up()[0].item() / max(1, weight), self._grad_norm(before_clipping))
 
         self._accepted = accepted
         engine.step()
-        total, flags = summed_up().tolist()
+        *sums, flagged = summed_up().tolist()
+        loss, *figures = (total / max(1, weight) for total in sums)
         norm = self._grad_norm(before_clipping)
         applied = engine.was_step_applied() and accepted()
-        return StepResult(total / max(1, loss_tokens), norm, loss_tokens, applied, flags > 0, clock.seconds())
+        return StepResult(loss, norm, weight, applied, flagged > 0, tuple(figures), clock.seconds())
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:
@@ -170,10 +172,18 @@ class DeepSpeedEngine:
         self._training = False
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for micro in batches:
-            sums[0] += self._engine(micro.to(self._device))
-            sums[1] += (micro.labels_BT != IGNORED).sum()
+            sums[0] += self._engine(micro.to(self._device)).reshape(-1)[0]
+            sums[1] += micro.weight
         self._world.sum(sums)
         return sums[0].item(), int(sums[1].item())
+
+    def measure(self, function: Measure, batches: Iterable[MicroBatch]) -> Iterator[Measured]:
+        self._engine.eval()
+        self._training = False
+        for micro in batches:
+            with torch.no_grad():
+                found = self._engine(micro.to(self._device), function)
+            yield micro, found
 
     def freeze(self, patterns: Sequence[str]) -> None:
         self._groups.freeze(patterns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ernie_dist.batch import IGNORED, Batch, MicroBatch
-from ernie_dist.engine.base import ForwardClock, StepResult, always, never
+from ernie_dist.batch import Batch, MicroBatch
+from ernie_dist.engine.base import ForwardClock, Measure, Measured, StepResult, always, never
 from ernie_dist.engine.optimizer import ParameterGroups, adamw
 from ernie_dist.engine.replicas import digest
 from ernie_dist.engine.snapshot import HostCopy, without_frozen
@@ -63,21 +63,22 @@ class PlainEngine:
         flag: Callable[[], bool] = never,
     ) -> StepResult:
         self.model.train()
-        loss_tokens = sum(int((micro.labels_BT != IGNORED).sum()) for micro in batch.micro_batches)
-        total, clock = torch.zeros((), device=self._device), ForwardClock(self._device)
+        weight = sum(micro.weight for micro in batch.micro_batches)
+        sums: list[torch.Tensor] = []
+        clock = ForwardClock(self._device)
         for micro in batch.micro_batches:
             with clock, self._autocast():
-                summed = self._loss(self.model, micro.to(self._device))
-            (summed / max(1, loss_tokens)).backward()
-            total += summed.detach()
-        loss = total.item() / max(1, loss_tokens)
+                summed = self._loss(self.model, micro.to(self._device)).reshape(-1)
+            (summed[0] / max(1, weight)).backward()
+            sums.append(summed.detach())
+        loss, *figures = (total / max(1, weight) for total in torch.stack(sums).sum(dim=0).tolist())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm).item()
         applied = accepts(loss, norm)
         if applied:
             self._groups.set_learning_rate(self._optimizer.param_groups, learning_rate)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, norm, loss_tokens, applied, flag(), clock.seconds())
+        return StepResult(loss, norm, weight, applied, flag(), tuple(figures), clock.seconds())
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:
@@ -85,9 +86,16 @@ class PlainEngine:
         loss, tokens = 0.0, 0
         for micro in batches:
             with self._autocast():
-                loss += self._loss(self.model, micro.to(self._device)).item()
-            tokens += int((micro.labels_BT != IGNORED).sum())
+                loss += self._loss(self.model, micro.to(self._device)).reshape(-1)[0].item()
+            tokens += micro.weight
         return loss, tokens
+
+    def measure(self, function: Measure, batches: Iterable[MicroBatch]) -> Iterator[Measured]:
+        self.model.eval()
+        for micro in batches:
+            with self._autocast(), torch.no_grad():
+                found = function(self.model, micro.to(self._device))
+            yield micro, found
 
     def freeze(self, patterns: Sequence[str]) -> None:
         self._groups.freeze(patterns)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ernie_dist.batch import MicroBatch, empty_micro_batch, stack
-from ernie_dist.data.loader import SequenceReader
+from ernie_dist.batch import MicroBatch
+from ernie_dist.data.loader import SequenceReader, dealt
 from ernie_dist.data.shard import PreparedSource
 from ernie_dist.engine.base import Engine
+from ernie_dist.references import References
 from ernie_dist.spec.resolve import ResolvedJob
 from ernie_dist.world import World
 
@@ -21,8 +21,9 @@ from ernie_dist.world import World
 class HeldOutLoss:
     source: str
     loss: float
-    """mean over labelled positions, in nats"""
+    """mean over labelled positions, or over pairs of answers, in nats"""
     tokens: int
+    """positions or pairs"""
 
 
 class HeldOut:
@@ -32,8 +33,9 @@ class HeldOut:
         self._world, self._length = world, job.spec.evaluation_length
         fits = max(stage.micro_batch_size * stage.sequence_length for stage in job.stages)
         self._size = max(1, min(job.spec.engine.micro_batch_size, fits // self._length))
-        self._limit = max(1, job.spec.evaluate.max_tokens // self._length)
-        self._cancelled = False
+        self._limit, self._cancelled = job.spec.held_out_sequences, False
+        self.references: References | None = None
+        """of the latest preference stage; without them pairs of answers cannot be measured"""
         self._readers: dict[str, SequenceReader] = {}
         for name, resolved in job.sources.items():
             if resolved.held_out:
@@ -41,28 +43,34 @@ class HeldOut:
                 self._readers[name] = SequenceReader(source, source.packs("validation", self._length), "answers")
 
     @property
-    def sources(self) -> set[str]:
-        """Those with something to measure."""
-        return set(self._readers)
+    def sources(self) -> list[str]:
+        """Those with something to measure, as things are."""
+        return [name for name, reader in self._readers.items() if self._measurable(name, reader)]
 
     def losses(self, engine: Engine, cancelled: Callable[[], bool]) -> Iterator[HeldOutLoss]:
         """Evaluates source by source, until `cancelled` says so, which has to be the same on all ranks. Collective."""
-        for name, reader in self._readers.items():
+        for name in self.sources:
             self._cancelled = False
-            total, tokens = engine.evaluate(self._mine(reader, cancelled))
+            total, tokens = engine.evaluate(self._mine(name, cancelled))
             if self._cancelled:
                 return
             if tokens:
                 yield HeldOutLoss(name, total / tokens, tokens)
 
-    def _mine(self, reader: SequenceReader, cancelled: Callable[[], bool]) -> Iterator[MicroBatch]:
-        """Every n-th sequence, in equally many micro-batches on all ranks: under ZeRO-3 each one is a collective."""
-        count = min(self._limit, len(reader))
-        mine = range(self._world.rank, count, self._world.size)
-        rounds = math.ceil(math.ceil(count / self._world.size) / self._size)
-        for number in range(rounds):
+    def _measurable(self, name: str, reader: SequenceReader) -> bool:
+        if reader.source.kind != "preference":
+            return True
+        return self.references is not None and name in self.references.stage.mixture
+
+    def _mine(self, name: str, cancelled: Callable[[], bool]) -> Iterator[MicroBatch]:
+        """This rank's share, until cancelled."""
+        reader = self._readers[name]
+        batches = dealt(reader, np.arange(min(self._limit, len(reader))), self._world, self._size)
+        if reader.source.kind == "preference":
+            assert self.references is not None
+            batches = self.references.of_held_out(name, batches)
+        for micro in batches:
             self._cancelled = cancelled()
             if self._cancelled:
                 return
-            numbers = mine[number * self._size : (number + 1) * self._size]
-            yield stack(reader.rows(np.array(numbers))) if numbers else empty_micro_batch(self._length)
+            yield micro

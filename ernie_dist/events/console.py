@@ -167,7 +167,8 @@ class ConsoleSink:
     def _cell(self, cell: Evaluated) -> str:
         before = self._losses.get(cell.source)
         change = "" if before is None else f", {cell.loss - before:+.4f}"
-        return f"{cell.source} {cell.loss:.4f} (perplexity {perplexity_text(cell.loss)}{change})"
+        unit = "nats a pair" if cell.pairs else f"perplexity {perplexity_text(cell.loss)}"
+        return f"{cell.source} {cell.loss:.4f} ({unit}{change})"
 
     def _describe(self, event: Event) -> list[str]:
         if isinstance(event, AttemptStarted):

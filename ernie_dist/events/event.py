@@ -109,6 +109,10 @@ class StepFinished(Event):
     """every 16 steps, where there are several ranks: who was longest busy by itself"""
     rank_imbalance: float | None = None
     """its busy time over the median of the others'"""
+    preference_accuracy: float | None = None
+    """of a preference stage: share of pairs whose chosen answer has gained on the other since the stage began"""
+    preference_margin: float | None = None
+    """beta x how much it has gained, mean over pairs, in nats"""
 
 
 @dataclass(frozen=True)
@@ -146,10 +150,13 @@ class Evaluated(Event):
     """the stage just trained; "start" before the first step"""
     source: str
     loss: float
-    """mean over labelled positions, in nats"""
+    """mean over labelled positions, or over pairs of answers, in nats"""
     tokens: int
+    """positions or pairs"""
     consumed_tokens: int
     at_stage_end: bool
+    pairs: bool = False
+    """whether the loss compares answers: it then has no perplexity"""
 
 
 @dataclass(frozen=True)

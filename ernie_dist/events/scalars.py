@@ -21,9 +21,16 @@ def scalars(event: Event) -> dict[str, float]:
             points["perf/mfu"] = event.mfu
         if event.rank_imbalance is not None:
             points["perf/rank_imbalance"] = event.rank_imbalance
+        if event.preference_accuracy is not None and event.preference_margin is not None:
+            points["preference/accuracy"] = event.preference_accuracy
+            points["preference/margin"] = event.preference_margin
         return points
     if isinstance(event, TimeSpent):
         return {"perf/goodput": goodput(event.seconds)}
     if isinstance(event, Evaluated):
-        return {f"eval/{event.source}/loss": event.loss, f"eval/{event.source}/perplexity": perplexity(event.loss)}
+        area = f"eval/{event.source}"
+        return {
+            f"{area}/loss": event.loss,
+            **({} if event.pairs else {f"{area}/perplexity": perplexity(event.loss)}),
+        }
     return {}

@@ -1,4 +1,8 @@
-"""Cross entropy of packed sequences; only positions with a label go through the language-model head."""
+"""The loss of packed sequences; only positions with a label go through the language-model head.
+
+labelled positions --cross entropy--> losses [N] --sum--> next-token loss
+                                                 --sum per document--> log p(answer) --pairs--> preference loss
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import logsigmoid
 
-from ernie_dist.batch import IGNORED, MicroBatch
+from ernie_dist.batch import IGNORED, MicroBatch, Pairs
 from ernie_dist.model.attention import documents_of
 
 _AT_ONCE = 1 << 21
@@ -15,7 +20,35 @@ _AT_ONCE = 1 << 21
 
 
 def summed_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Sum over labelled positions of -log p(label), fp32, in nats; where there are none, a zero that has gradients."""
+    """Sum over labelled positions of -log p(label), fp32, in nats; where there are none, a zero that has gradients.
+
+    Of a batch of pairs three sums over pairs, [3]: the loss; how many prefer the chosen answer; their margins.
+    """
+    if batch.pairs is None:
+        return _losses(model, batch).sum()
+    return _preference_loss(answer_log_probabilities(model, batch), batch.pairs)
+
+
+def answer_log_probabilities(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """log p of the labelled positions of each document together, fp32 [documents], in nats."""
+    labelled = (batch.labels_BT.flatten() != IGNORED).nonzero()[:, 0]
+    document_N = torch.bucketize(labelled, batch.document_ends[1:].long(), right=True)
+    documents = len(batch.document_ends) - 1
+    losses_N = _losses(model, batch)
+    return -torch.zeros(documents, device=losses_N.device).index_add(0, document_N, losses_N)
+
+
+def _preference_loss(log_probabilities: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """Sums of -log sigmoid(margin), of positive margins, and of margins: beta x how much further apart the model puts
+    the two answers than the reference does (Rafailov et al. 2023, arXiv:2305.18290, equation 7)."""
+    assert pairs.reference_P is not None
+    ratio_P = log_probabilities[pairs.chosen_P] - log_probabilities[pairs.chosen_P + 1]
+    margin_P = pairs.beta * (ratio_P - pairs.reference_P)
+    return torch.stack([-logsigmoid(margin_P).sum(), (margin_P.detach() > 0).sum(), margin_P.detach().sum()])
+
+
+def _losses(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """-log p(label) of every labelled position, fp32 [N], in nats."""
     rows, length = batch.tokens_BT.shape
     dtype = next(model.parameters()).dtype
     if batch.chance:
@@ -28,7 +61,7 @@ def summed_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     ).last_hidden_state
     labelled = batch.labels_BT != IGNORED
     logits_NV = model.lm_head(hidden_BTD[labelled])
-    return _SummedCrossEntropy.apply(logits_NV.float(), batch.labels_BT[labelled])
+    return _CrossEntropy.apply(logits_NV.float(), batch.labels_BT[labelled])
 
 
 def _inputs(model: nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
@@ -48,23 +81,24 @@ def _inputs(model: nn.Module, batch: MicroBatch) -> dict[str, torch.Tensor]:
     return {"inputs_embeds": embedded_BTD + noise_BTD.to(embedded_BTD.dtype)}
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
-    """Sum of logsumexp(logits) - logits[label]. The gradient, softmax - one_hot, is made in the logits' own memory:
+class _CrossEntropy(torch.autograd.Function):
+    """logsumexp(logits) - logits[label] of each row. The gradient is made in the logits' own memory:
     with a vocabulary of 100,000 every further [N, V] tensor costs more than the layers below."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
         normalisers_N = torch.cat([part.logsumexp(dim=1) for part in logits_NV.split(_rows_at_once(logits_NV))])
         ctx.save_for_backward(logits_NV, labels_N, normalisers_N)
-        return (normalisers_N - logits_NV.gather(1, labels_N[:, None])[:, 0]).sum()
+        return normalisers_N - logits_NV.gather(1, labels_N[:, None])[:, 0]
 
     @staticmethod
-    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, scale_N: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         logits_NV, labels_N, normalisers_N = ctx.saved_tensors
         rows = _rows_at_once(logits_NV)
-        for part, normalisers in zip(logits_NV.split(rows), normalisers_N.split(rows), strict=True):
-            part.sub_(normalisers[:, None]).exp_().mul_(scale)
-        gradient_NV = logits_NV.scatter_add_(1, labels_N[:, None], -scale.expand(len(labels_N), 1))
+        parts = (logits_NV.split(rows), normalisers_N.split(rows), scale_N.split(rows))
+        for part, normalisers, scale in zip(*parts, strict=True):
+            part.sub_(normalisers[:, None]).exp_().mul_(scale[:, None])
+        gradient_NV = logits_NV.scatter_add_(1, labels_N[:, None], -scale_N[:, None])
         return gradient_NV, None
 
 

@@ -13,6 +13,7 @@ from ernie_dist.spec.quantity import Count, Duration
 from ernie_dist.spec.strict import Strict
 from ernie_dist.spec.training import ScheduleSpec
 
+Kind = Literal["text", "chat", "preference"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
@@ -34,8 +35,8 @@ class SplitSpec(Strict):
 class SourceSpec(Strict):
     """A named dataset, and how one of its rows becomes a document.
 
-    A document is plain text (`text`, or `triples: text`) or a conversation (`prompt` and `response`, `conversation`,
-    or `triples: qa`).
+    A document is plain text (`text`, or `triples: text`), a conversation (`prompt` and `response`, `conversation`, or
+    `triples: qa`), or a question with a better and a worse answer (`preference`).
     """
 
     path: str | tuple[str, ...] | None = Field(None, description="file, glob or list of them: data/web/*.jsonl.zst")
@@ -52,6 +53,9 @@ class SourceSpec(Strict):
     system: str | None = Field(None, description="field or template of the system prompt")
     conversation: Literal["messages", "alpaca", "sharegpt", "erniekit"] | None = Field(
         None, description="layout of conversation rows"
+    )
+    preference: Literal["pairs", "erniekit"] | None = Field(
+        None, description="layout of rows with a chosen and a rejected answer, for a stage with dpo"
     )
     triples: Literal["text", "qa"] | None = Field(
         None, description="rows are entity, attribute, value: make sentences or question-answer pairs of them"
@@ -94,19 +98,25 @@ class SourceSpec(Strict):
             raise ValueError("give either path (files) or dataset (hub id or saved dataset)")
         if (self.prompt is None) != (self.response is None):
             raise ValueError("prompt and response belong together: give both")
-        given = [name for name in ("text", "prompt", "conversation", "triples") if getattr(self, name) is not None]
+        layouts = ("text", "prompt", "conversation", "preference", "triples")
+        given = [name for name in layouts if getattr(self, name) is not None]
         if len(given) != 1:
             said = " and ".join(given) if given else "none of them"
             raise ValueError(
-                f"say how a row becomes a document by one of text, prompt + response, conversation, triples; got {said}"
+                "say how a row becomes a document by one of text, prompt + response, conversation, preference, "
+                f"triples; got {said}"
             )
         if self.system is not None and self.prompt is None:
             raise ValueError("system goes with prompt and response; other layouts carry it in their rows")
+        if self.preference is not None and self.overlong == "truncate":
+            raise ValueError("half a pair of answers says nothing; set overlong to drop, or fail")
         return self
 
     @property
-    def kind(self) -> Literal["text", "chat"]:
-        """Whether documents are plain text or conversations."""
+    def kind(self) -> Kind:
+        """Whether documents are plain text, conversations or pairs of answers."""
+        if self.preference is not None:
+            return "preference"
         return "text" if self.text is not None or self.triples == "text" else "chat"
 
     @property
@@ -120,6 +130,12 @@ MixtureSpec = Annotated[
     dict[str, Annotated[float, Field(gt=0, le=1)]],
     Field(min_length=1, description="source: share of the stage's tokens; the shares add up to 1"),
 ]
+
+
+class DpoSpec(Strict):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290)."""
+
+    beta: float = Field(0.1, gt=0, description="how firmly the model is held to the one it was when the stage began")
 
 
 class StageSpec(Strict):
@@ -139,6 +155,7 @@ class StageSpec(Strict):
     neftune_alpha: float = Field(
         0.0, ge=0, description="noise on the embeddings in training (NEFTune, arXiv:2310.05914); 0: none, usual is 5"
     )
+    dpo: DpoSpec | None = Field(None, description="learn from pairs of answers; {} for the usual beta")
 
     @field_validator("mixture")
     @classmethod

@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ernie_dist.spec import batch_plan
-from ernie_dist.spec.curriculum import Name, SourceSpec, SplitSpec, StageSpec
+from ernie_dist.spec.curriculum import Kind, Name, SourceSpec, SplitSpec, StageSpec
 from ernie_dist.spec.ds_config import read_ds_config, zero_stage
 from ernie_dist.spec.errors import SpecError
 from ernie_dist.spec.problems import Problem, from_pydantic, refuse, suggest
@@ -76,6 +76,11 @@ class JobSpec(Strict):
         """Sequence length of held-out sequences."""
         return self.evaluate.sequence_length or max(stage.sequence_length for stage in self.curriculum)
 
+    @property
+    def held_out_sequences(self) -> int:
+        """How many held-out sequences of a source are measured on, at most."""
+        return max(1, self.evaluate.max_tokens // self.evaluation_length)
+
     def sequence_lengths(self, source: str) -> tuple[int, ...]:
         """The lengths to which the training documents of `source` are packed."""
         return tuple(sorted({stage.sequence_length for stage in self.curriculum if source in stage.mixture}))
@@ -85,6 +90,12 @@ _SECRET = (
     "this looks like {}, and a job is copied to where others can read it: take it out, and give it as an environment "
     "variable (WANDB_API_KEY, HF_TOKEN) or with `wandb login`, `hf auth login`"
 )
+
+
+_MISMATCH = {
+    True: "a stage with dpo learns from pairs of answers, and this source has none: say preference: pairs or erniekit",
+    False: "this source holds pairs of answers, which only a stage with dpo learns from: add dpo: {} to the stage",
+}
 
 
 def load_job(path: Path, overrides: Sequence[str] = (), *, ranks: int | None = None) -> JobSpec:
@@ -124,6 +135,8 @@ class _Parts:
     stages: dict[int, StageSpec]
     all_stages: bool
     sources: tuple[str, ...]
+    kinds: dict[str, Kind]
+    """of those sources that are right by themselves"""
     tokens_per_batch: int | None
     has_schedule: bool
     model: ModelSpec | None
@@ -135,10 +148,13 @@ class _Parts:
         curriculum, sources = raw.get("curriculum"), raw.get("sources")
         stages = enumerate(curriculum if isinstance(curriculum, (list, tuple)) else ())
         valid = {number: _valid(StageSpec, stage) for number, stage in stages}
+        named = sources if isinstance(sources, dict) else {}
+        described = {str(name): _valid(SourceSpec, source) for name, source in named.items()}
         return cls(
             stages={number: stage for number, stage in valid.items() if stage is not None},
             all_stages=bool(valid) and None not in valid.values(),
-            sources=tuple(map(str, sources)) if isinstance(sources, dict) else (),
+            sources=tuple(described),
+            kinds={name: source.kind for name, source in described.items() if source is not None},
             tokens_per_batch=_valid(Count, raw.get("tokens_per_batch")),
             has_schedule=raw.get("schedule") is not None,
             model=_valid(ModelSpec, raw.get("model")),
@@ -164,6 +180,8 @@ def _cross_check(parts: _Parts) -> Iterator[Problem]:
         for source in stage.mixture:
             if source not in parts.sources:
                 yield Problem(f"{where}.mixture.{source}", f"unknown source; {suggest(source, parts.sources)}")
+            elif source in parts.kinds and (parts.kinds[source] == "preference") != (stage.dpo is not None):
+                yield Problem(f"{where}.mixture.{source}", _MISMATCH[stage.dpo is not None])
         if stage.schedule is None and not parts.has_schedule:
             yield Problem(f"{where}.schedule", "is required, here or for the whole job: {kind: wsd, peak: 3e-4, ...}")
         yield from _batch_problem(parts, f"{where} ({stage.name})", stage)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from ernie_dist.spec.curriculum import StageSpec
+from ernie_dist.spec.curriculum import DpoSpec, Kind, StageSpec
 from ernie_dist.spec.ds_config import partitioning, read_ds_config, zero_stage
 from ernie_dist.spec.errors import RunDirError
 from ernie_dist.spec.job import JobSpec, fingerprint
@@ -44,7 +44,7 @@ class ResolvedSource(Strict):
 
     folder: str
     fingerprint: str
-    kind: Literal["text", "chat"]
+    kind: Kind
     packed: dict[int, PackedLength]
     held_out: bool
     """whether there are validation documents"""
@@ -68,6 +68,7 @@ class ResolvedStage(Strict):
     micro_batch_size: int
     mixture: dict[str, float]
     loss: Literal["answers", "last_answer", "all"]
+    dpo: DpoSpec | None
     freeze: tuple[str, ...]
     neftune_alpha: float = 0.0
     schedule: ScheduleSpec
@@ -281,6 +282,7 @@ def _resolve_stage(
         micro_batch_size=stage.micro_batch_size or spec.engine.micro_batch_size,
         mixture=stage.mixture,
         loss=stage.loss,
+        dpo=stage.dpo,
         freeze=stage.freeze,
         neftune_alpha=stage.neftune_alpha,
         schedule=schedule,

@@ -7,6 +7,7 @@ RUN_DIR/
   metrics.jsonl        one line per optimizer step; of a step written twice the later attempt counts
   events.jsonl         everything else that happened
   skipped_batches.json what was passed over after refused updates; only grows
+  references/STAGE/    what the model said of a preference stage's pairs when it began
   checkpoints/step_00000120/
   export/              the model at the end
   report.html  loss_curve.png  wandb/  tensorboard/
@@ -61,6 +62,10 @@ class RunFiles:
     def skipped_batches(self) -> Path:
         """The batches that are passed over: see spec/skips.py. Missing where there are none."""
         return self.root / "skipped_batches.json"
+
+    def references(self, stage: str) -> Path:
+        """What the model said of the pairs of a preference stage when it began."""
+        return self.root / "references" / stage
 
     @property
     def checkpoints(self) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ernie_dist.batch import IGNORED, Batch, MicroBatch, stack
+from ernie_dist.batch import IGNORED, Batch, MicroBatch, Row, stack
 from ernie_dist.engine.base import Engine
 from ernie_dist.engine.select import build_engine, convert, read_weights
 from ernie_dist.model.build import build_model
@@ -40,7 +40,7 @@ def row(generator: np.random.Generator, labelled: float):
     labels = np.where(generator.random(LENGTH) < labelled, np.roll(tokens, -1), IGNORED)
     labels[[cut - 1, *range(end - 1, LENGTH)]] = IGNORED
     lengths = np.array([cut, end - cut, LENGTH - end])
-    return tokens, labels, np.concatenate([np.arange(n) for n in lengths]), lengths
+    return Row(tokens, labels, np.concatenate([np.arange(n) for n in lengths]), lengths)
 
 
 def batch(step: int, world: World, micro: int) -> Batch:

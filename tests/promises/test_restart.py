@@ -76,7 +76,7 @@ def test_a_killed_rank_and_a_killed_attempt_are_started_again_and_the_curve_is_t
     assert replayed_steps(files.metrics) and all(replay.identical for replay in replayed_steps(files.metrics))
     first, second, third = history.ends(RunDir(files.root))
     assert "rank 1 was killed by signal 9" in first.message and "signal 9" in second.message
-    assert (third.exit_code, third.after_step) == (0, 36)
+    assert (third.exit_code, third.after_step) == (0, 44)
     lines = [line for line in output.splitlines() if line.startswith("attempt") and "starts again" in line]
     lost = first.after_step - first.checkpoint
     assert lines[0] == (

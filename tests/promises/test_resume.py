@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 
@@ -17,10 +18,8 @@ pytestmark = pytest.mark.distributed
 def test_killed_at_random_steps_and_in_the_middle_of_a_save_the_curve_is_the_same(runs, uninterrupted):
     chance = random.Random(20)
     run, files = "killed", runs.files("killed")
-    first, second = chance.randint(6, 14), chance.randint(17, 23)
-    for attempt, step in ((1, first), (2, second)):
-        process = runs.start(run)
-        runs.kill_when(run, process, lambda a=attempt, s=step: (runs.steps_of(run, a) or [0])[-1] >= s)
+    first, second = chance.randint(6, 23), chance.randint(41, 43)
+    runs.kill_when(run, runs.start(run), lambda: (runs.steps_of(run, 1) or [0])[-1] >= first)
     for step in (25, 30, 35):  # a save takes a tenth of a second: the kill may come too late
         process = runs.start(run)
         runs.kill_when(run, process, (files.checkpoints / f"step_{step:08d}.tmp" / "engine").exists)
@@ -29,15 +28,18 @@ def test_killed_at_random_steps_and_in_the_middle_of_a_save_the_curve_is_the_sam
     assert list(files.checkpoints.glob("*.tmp")), "no kill came in the middle of a save"
     before = f"step_{step - 5:08d}"
     assert complete_checkpoints(files.checkpoints)[0].name == before
+    attempt = runs.last_attempt(run) + 1  # into the stage that compares the model with what it was
+    runs.kill_when(run, runs.start(run), lambda: (runs.steps_of(run, attempt) or [0])[-1] >= second)
     runs.finish(run)
 
     assert runs.curve(run) == uninterrupted
+    assert uninterrupted[37][0] == pytest.approx(math.log(2)), "a model compared with itself"
     replays = replayed_steps(files.metrics)
     assert len(replays) >= 4
     assert all(replay.identical for replay in replays)
     restored = [event["checkpoint"] for event in read_events(files.events) if event["event"] == "Restored"]
     assert len(restored) >= 3
-    assert restored[-1] == before
+    assert restored[-2:] == [before, "step_00000040"]
     assert not list(files.checkpoints.glob("*.tmp"))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from ernie_dist.batch import Batch, stack
+from ernie_dist.batch import Batch, Row, stack
 from ernie_dist.checkpoint import CheckpointStore
 from ernie_dist.data.tokenizer import train_and_publish
 from ernie_dist.engine.select import build_engine
@@ -79,7 +79,7 @@ class Trained:
             if step % 2 == 0:
                 self.logits.append(logits(self.engine.model))
             rows = np.random.default_rng(step).integers(3, tokenizer.vocab_size, (2, LENGTH))
-            micro = stack([(row, np.roll(row, -1), np.arange(LENGTH), np.array([LENGTH])) for row in rows])
+            micro = stack([Row(row, np.roll(row, -1), np.arange(LENGTH), np.array([LENGTH])) for row in rows])
             self.engine.step(Batch(step, "a", (micro,), np.zeros((2, 2), np.int64), 2 * LENGTH), 1e-2)
             progress = progress.after(np.zeros((2, 2), np.int64))
             if step % 2:
@@ -152,7 +152,7 @@ def test_any_checkpoint_can_be_exported_and_trained_on(run: Trained, tmp_path: P
         again = build_model(ModelSpec(from_pretrained=str(folder)), run.job.tokenizer.vocab_size, seed=99)
         torch.testing.assert_close(logits(again), run.logits[number], rtol=1e-6, atol=1e-6)
     rows = torch.arange(3, 3 + LENGTH).numpy()
-    micro = stack([(rows, np.roll(rows, -1), np.arange(LENGTH), np.array([LENGTH]))])
+    micro = stack([Row(rows, np.roll(rows, -1), np.arange(LENGTH), np.array([LENGTH]))])
     assert summed_loss(again, micro).item() == pytest.approx(summed_loss(run.engine.model, micro).item(), rel=1e-5)
 
 

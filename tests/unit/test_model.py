@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from ernie_dist.batch import IGNORED, Batch, Chance, MicroBatch, empty_micro_batch, stack
+from ernie_dist.batch import IGNORED, Batch, Chance, MicroBatch, Row, empty_micro_batch, stack
 from ernie_dist.engine.base import Engine
 from ernie_dist.engine.select import build_engine
 from ernie_dist.model.build import build_model
@@ -57,7 +57,7 @@ def pack(rows: list[list[Document]]) -> MicroBatch:
         padding = [(np.zeros(rest, np.int64), np.full(rest, IGNORED))] if rest else []
         tokens, labels = (np.concatenate(parts) for parts in zip(*row, *padding, strict=True))
         lengths += [rest] if rest else []
-        packed.append((tokens, labels, np.concatenate([np.arange(n) for n in lengths]), np.array(lengths)))
+        packed.append(Row(tokens, labels, np.concatenate([np.arange(n) for n in lengths]), np.array(lengths)))
     return stack(packed)
 
 

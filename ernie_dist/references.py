@@ -1,0 +1,145 @@
+"""What the model said of every pair of answers when a preference stage began: the reference it is held to.
+
+the stage's pairs --forward, no gradients--> log p(chosen) - log p(rejected) --> RUN_DIR/references/STAGE/*.npy
+
+Measured once, so that no second model has to be kept in memory; a resumed attempt reads the files.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ernie_dist.batch import Batch, MicroBatch
+from ernie_dist.data.curriculum import Curriculum
+from ernie_dist.data.loader import SequenceReader, dealt
+from ernie_dist.data.packing import ranges
+from ernie_dist.data.shard import PreparedSource
+from ernie_dist.engine.base import Engine, Measure
+from ernie_dist.spec.errors import CheckpointError
+from ernie_dist.spec.resolve import ResolvedJob, ResolvedStage
+from ernie_dist.trusted_files import complete, difference, entry, publish, read_manifest
+from ernie_dist.world import World
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Sequences of one source and split."""
+
+    name: str
+    reader: SequenceReader
+    sequences: np.ndarray
+    """int64 [sequences]"""
+
+
+class References:
+    """log p(chosen) - log p(rejected) of each pair of one stage, by source and split: float32 [pairs in the packs]."""
+
+    def __init__(self, stage: ResolvedStage, ratios: dict[str, np.ndarray]) -> None:
+        assert stage.dpo is not None
+        self.stage, self._beta, self._ratios = stage, stage.dpo.beta, ratios
+        self._training = [_key(name, "train") for name in sorted(stage.mixture)]
+
+    @classmethod
+    def measure(
+        cls,
+        job: ResolvedJob,
+        stage: ResolvedStage,
+        engine: Engine,
+        world: World,
+        log_probabilities: Measure,
+        cancelled: Callable[[], bool],
+    ) -> References | None:
+        """Asks the model as it is now about the pairs the stage will train on, and those held out.
+
+        `log_probabilities` gives those of each document. Collective. None where `cancelled`, which has to be the same
+        on all ranks, said so.
+        """
+        ratios = {}
+        for wanted in _wanted(job, stage):
+            packs = wanted.reader.packs
+            found = np.zeros(len(packs.lengths), np.float32)
+            batches = dealt(wanted.reader, wanted.sequences, world, stage.micro_batch_size)
+            for micro, log_p in engine.measure(log_probabilities, batches):
+                if cancelled():
+                    return None
+                if micro.pairs is not None:
+                    log_p, chosen = log_p.float().cpu(), micro.pairs.chosen_P
+                    found[micro.pairs.ids_P2[:, 1]] = (log_p[chosen] - log_p[chosen + 1]).numpy()
+            world.sum(torch.from_numpy(found))  # each pair was measured by one rank
+            first = packs.offsets[wanted.sequences]
+            asked = ranges(first, packs.offsets[wanted.sequences + 1] - first)
+            ratios[wanted.name] = np.full_like(found, np.nan)
+            ratios[wanted.name][asked] = found[asked]
+        return cls(stage, ratios)
+
+    @classmethod
+    def read(cls, folder: Path, stage: ResolvedStage) -> References:
+        """What `write` wrote. Raises CheckpointError if it is not there, or not as it was written."""
+        try:
+            files = read_manifest(folder)
+            problem = difference(folder, files.items())
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            raise CheckpointError(
+                f"{folder}: {problem}. Stage {stage.name} cannot go on without what the model said when it began: "
+                "bring the folder back from a copy, or move the checkpoints of this stage away, and it begins again"
+            )
+        return cls(stage, {name: np.load(folder / name, allow_pickle=False) for name in files})
+
+    def write(self, folder: Path) -> None:
+        """All of it or nothing; on one process."""
+        aside = folder.with_name(f"{folder.name}.tmp")
+        for old in (aside, folder):
+            shutil.rmtree(old, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for name, values in self._ratios.items():
+            np.save(aside / name, values)
+        complete(aside, {name: entry(aside / name, settle=True) for name in self._ratios})
+        publish(aside, folder)
+
+    def of_batch(self, batch: Batch) -> Batch:
+        """The batch with the reference of each of its pairs."""
+        found = tuple(self._filled(micro, self._training) for micro in batch.micro_batches)
+        return replace(batch, micro_batches=found)
+
+    def of_held_out(self, source: str, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """Held-out micro-batches of one source, with the reference of each of their pairs."""
+        return (self._filled(micro, [_key(source, "validation")]) for micro in batches)
+
+    def _filled(self, micro: MicroBatch, names: Sequence[str]) -> MicroBatch:
+        """`names`: where the ratios of each source number are."""
+        if micro.pairs is None:
+            return micro
+        source_P, number_P = micro.pairs.ids_P2.T
+        ratio_P = np.empty(len(number_P), np.float32)
+        for source in np.unique(source_P).tolist():
+            here = source_P == source
+            ratio_P[here] = self._ratios[names[source]][number_P[here]]
+        assert not np.isnan(ratio_P).any(), "every pair of the stage was measured"
+        return replace(micro, pairs=replace(micro.pairs, reference_P=torch.from_numpy(ratio_P), beta=self._beta))
+
+
+def _wanted(job: ResolvedJob, stage: ResolvedStage) -> Iterator[_Wanted]:
+    curriculum = Curriculum(job)
+    located = [curriculum.locate(index) for index in range(stage.first_batch, stage.end_batch)]
+    ids, order = np.concatenate([ids for _, _, ids in located]), located[0][1]
+    for number, name in enumerate(order.sources):
+        source = PreparedSource.open(Path(job.sources[name].folder))
+        sequences = np.unique(order.packed(number, ids[ids[:, 0] == number, 1]))
+        packs = source.packs("train", stage.sequence_length)
+        yield _Wanted(_key(name, "train"), SequenceReader(source, packs, stage.loss), sequences)
+        if job.sources[name].held_out:
+            packs = source.packs("validation", job.spec.evaluation_length)
+            sequences = np.arange(min(job.spec.held_out_sequences, len(packs)))
+            yield _Wanted(_key(name, "validation"), SequenceReader(source, packs, stage.loss), sequences)
+
+
+def _key(source: str, split: str) -> str:
+    return f"{source}.{split}.npy"
