@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ernie_dist.batch import stack
+from ernie_dist.batch import Row, stack
 from ernie_dist.data.prepare import prepare
 from ernie_dist.data.resolve import resolve_prepared
 from ernie_dist.data.tokenizer import train_and_publish
@@ -111,7 +111,7 @@ def test_answers_cost_what_training_counts(chat: ChatModel, questions: list[Ques
     trained.load_state_dict(chat.model.state_dict())
     sums, counts = answer_losses(chat, rows)
     for row, total, count in zip(rows, sums, counts, strict=True):
-        micro = stack([(row.ids, row.labels, np.arange(len(row.ids)), np.array([len(row.ids)]))])
+        micro = stack([Row(row.ids, row.labels, np.arange(len(row.ids)), np.array([len(row.ids)]))])
         with torch.no_grad():
             assert total == pytest.approx(summed_loss(trained.eval(), micro).item(), rel=1e-5)
         assert count == (row.labels != -100).sum()
