@@ -6,7 +6,7 @@ loss, gradient norm of a step --Recent.problem--> None, or why the update is ref
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,15 +28,18 @@ class Recent:
     grad_norms: tuple[float, ...] = ()
     """2-norms before clipping"""
 
-    def problem(self, spec: BadNumbersSpec, stage: str, loss: float, grad_norm: float) -> str | None:
+    def problem(
+        self, spec: BadNumbersSpec, stage: str, loss: float, grad_norm: float, *, spikes: bool = True
+    ) -> str | None:
         """Why these numbers of a step of `stage` are not to be learnt from; None if nothing is wrong with them.
 
-        What is not finite is refused always; what is far above the last steps, once there are half a window of them.
+        What is not finite is refused always; what is far above the last steps, once there are half a window of them,
+        and only if `spikes` are looked for.
         """
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
                 return f"the {name} is {value}"
-        if stage != self.stage or len(self.losses) < spec.window // 2:
+        if not spikes or stage != self.stage or len(self.losses) < spec.window // 2:
             return None
         return _too_high("loss", loss, self.losses, spec.sigma, _LEAST_LOSS_SPREAD, _LEAST_LOSS_SPREAD) or _too_high(
             "gradient norm", grad_norm, self.grad_norms, spec.sigma, _LEAST_NORM_SPREAD, 0.0
@@ -58,12 +61,15 @@ class Recent:
 class Guard:
     """Judges every step of an attempt. All ranks hold the same numbers and so come to the same verdict."""
 
-    def __init__(self, spec: BadNumbersSpec, recent: Recent, *, loss_scaling: bool) -> None:
-        self._spec, self.recent, self._loss_scaling = spec, recent, loss_scaling
+    def __init__(
+        self, spec: BadNumbersSpec, recent: Recent, *, loss_scaling: bool, uneven: Collection[str] = ()
+    ) -> None:
+        """`uneven`: stages in which an ordinary batch may be far above all others, so that spikes say nothing."""
+        self._spec, self.recent, self._loss_scaling, self._uneven = spec, recent, loss_scaling, uneven
 
     def accepts(self, stage: str, loss: float, grad_norm: float) -> bool:
         """Asked before the weights change."""
-        return self.recent.problem(self._spec, stage, loss, grad_norm) is None
+        return self._problem(stage, loss, grad_norm) is None
 
     def look(self, stage: str, loss: float, grad_norm: float, *, applied: bool) -> str | None:
         """Called once after each step: why its update was refused, or None.
@@ -76,7 +82,10 @@ class Guard:
             return None
         if self._loss_scaling and math.isfinite(loss) and not math.isfinite(grad_norm):
             return None
-        return self.recent.problem(self._spec, stage, loss, grad_norm)
+        return self._problem(stage, loss, grad_norm)
+
+    def _problem(self, stage: str, loss: float, grad_norm: float) -> str | None:
+        return self.recent.problem(self._spec, stage, loss, grad_norm, spikes=stage not in self._uneven)
 
 
 def _too_high(

@@ -36,7 +36,9 @@ class Refusals:
         events: EventBus,
     ) -> None:
         self._spec, self._skips = spec.bad_numbers, skips
-        self._guard = Guard(spec.bad_numbers, recent, loss_scaling=spec.engine.precision == "fp16")
+        # Most pairs of answers soon cost next to nothing, and one that is still learnt a thousand times as much.
+        pairs = [stage.name for stage in spec.curriculum if stage.dpo]
+        self._guard = Guard(spec.bad_numbers, recent, loss_scaling=spec.engine.precision == "fp16", uneven=pairs)
         self._files, self._attempt, self._world, self._events = files, attempt, world, events
         self._in_a_row: list[UpdateRefused] = []
 

@@ -23,7 +23,7 @@ _COLOURS = ("红色", "黄色", "蓝色", "白色", "紫色")
 
 
 def write_data(folder: Path, seed: int = 7) -> None:
-    """stories.jsonl, herbs.csv (gb18030) and qa.jsonl."""
+    """stories.jsonl, herbs.csv (gb18030), qa.jsonl, and pairs.jsonl: each answer beside that of the next herb."""
     folder.mkdir(parents=True, exist_ok=True)
     chance = random.Random(seed)
     herbs = list(_herbs(chance))
@@ -32,7 +32,9 @@ def write_data(folder: Path, seed: int = 7) -> None:
         rows = csv.DictWriter(file, fieldnames=list(herbs[0]))
         rows.writeheader()
         rows.writerows(herbs)
-    _write_jsonl(folder / "qa.jsonl", _questions(herbs))
+    questions = list(_questions(herbs))
+    _write_jsonl(folder / "qa.jsonl", iter(questions))
+    _write_jsonl(folder / "pairs.jsonl", _preferences(questions))
 
 
 def _stories(chance: random.Random, count: int) -> Iterator[str]:
@@ -61,6 +63,11 @@ def _questions(herbs: list[dict[str, str]]) -> Iterator[dict[str, str]]:
         name = herb["名称"]
         yield {"question": f"{name}产于哪里？", "answer": f"{name}产于{herb['产地']}。"}
         yield {"question": f"{name}可治什么？", "answer": f"{name}可治{herb['病症']}。"}
+
+
+def _preferences(questions: list[dict[str, str]]) -> Iterator[dict[str, str]]:
+    for right, wrong in zip(questions, [*questions[2:], *questions[:2]], strict=True):
+        yield {"prompt": right["question"], "chosen": right["answer"], "rejected": wrong["answer"]}
 
 
 def _write_jsonl(path: Path, rows: Iterator[dict[str, str]]) -> None:

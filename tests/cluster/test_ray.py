@@ -104,6 +104,8 @@ def jobs(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> J
     write_data(folder / "data")
     promises = Path(__file__).parents[1] / "promises" / "job.yaml"
     job = yaml.safe_load(promises.read_text(encoding="utf-8"))
+    job["curriculum"].pop()  # that compares answers: nothing in it is the cluster's
+    del job["sources"]["pairs"]
     for stage in job["curriculum"]:
         stage["duration"] = "25 steps"
     for source in job["sources"].values():

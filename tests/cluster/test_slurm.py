@@ -145,6 +145,8 @@ def jobs(slurm_cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) 
     write_data(folder / "data")
     promises = (ROOT / "tests" / "promises" / "job.yaml").read_text(encoding="utf-8")
     job = yaml.safe_load(promises)
+    job["curriculum"].pop()  # that compares answers: nothing in it is the cluster's
+    del job["sources"]["pairs"]
     for stage in job["curriculum"]:
         stage["duration"] = f"{STEPS // 3} steps"
         stage.pop("tokens_per_batch", None)

@@ -85,22 +85,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """A four-stage job of 44 steps over generated data: the last 8 learn from pairs of answers."""
     folder = tmp_path_factory.mktemp("promises")
     write_data(folder / "data")
-    _write_pairs(folder / "data")
     job = yaml.safe_load(Path(__file__).with_name("job.yaml").read_text(encoding="utf-8"))
     (folder / "job.yaml").write_text(json.dumps(job), encoding="utf-8")
     return Runs(folder)
-
-
-def _write_pairs(data: Path) -> None:
-    """Each question with its own answer, and with that of another herb."""
-    rows = [json.loads(line) for line in (data / "qa.jsonl").read_text(encoding="utf-8").splitlines()]
-    others = [*rows[2:], *rows[:2]]
-    pairs = [
-        {"prompt": row["question"], "chosen": row["answer"], "rejected": other["answer"]}
-        for row, other in zip(rows, others, strict=True)
-    ]
-    text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-    (data / "pairs.jsonl").write_text(text, encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

@@ -103,6 +103,12 @@ def test_an_engine_that_skips_by_itself_is_judged_and_loss_scaling_is_not() -> N
         assert guard.recent == trained(NOISY), "a step that changed nothing is not looked back on"
 
 
+def test_where_batches_are_uneven_only_what_is_not_finite_is_refused() -> None:
+    guard = Guard(SPEC, trained(NOISY), loss_scaling=False, uneven=["a"])
+    assert guard.accepts("a", 30.0, 99.0) and not guard.accepts("a", NAN, 1.0)
+    assert not Guard(SPEC, trained(NOISY), loss_scaling=False).accepts("a", 30.0, 99.0)
+
+
 def window(first: int, end: int, *, step: int = 0, attempt: int = 1) -> SkippedWindow:
     return SkippedWindow(first=first, end=end, step=step, attempt=attempt, reason="nan", sequence_ids=((0, 1),))
 
