@@ -138,7 +138,7 @@ def test_a_job_has_the_same_curve_under_every_zero_stage_and_plain(tmp_path, mon
     plain = freeze("plain", kind="plain")
     under_torchrun(1, "train_worker.py", plain)
     expected = read_metrics(RunFiles(Path(plain)).metrics)
-    assert len(expected) == 12
+    assert len(expected) == 16
     for folder in zero:
         curve = read_metrics(RunFiles(Path(folder)).metrics)
         assert [line["batch_hash"] for line in curve] == [line["batch_hash"] for line in expected]
