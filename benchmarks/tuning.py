@@ -44,7 +44,7 @@ def main() -> None:
     command.add_argument("--dir", type=Path, default=Path("tuning"), help="folder to work in (tuning)")
     arguments = command.parse_args()
     data, tokenizer = _folders()
-    folder: Path = arguments.dir.resolve()
+    folder: Path = arguments.dir.resolve() / ("quick" if arguments.quick else "full")
     write_pairs(data, folder)
     questions = 40 if arguments.quick else 400
     _train(folder, "base", _base(data, tokenizer, arguments.quick))

@@ -95,6 +95,10 @@ class Heartbeat:
         if self.on_end is not None and ended not in _OFTEN:
             self.on_end(ended, at, seconds)
 
+    def touch(self) -> None:
+        """A part of the phase is done: how long it may take counts from now. Its length is still that of the whole."""
+        _PLACE.pack_into(self._memory, _PLACE_AT, self._phase, self._step, time.monotonic())
+
     def pulse(self) -> None:
         """Says that Python runs."""
         _PULSE.pack_into(self._memory, _PULSE_AT, time.monotonic())

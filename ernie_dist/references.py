@@ -21,7 +21,7 @@ from ernie_dist.data.loader import SequenceReader, dealt
 from ernie_dist.data.packing import ranges
 from ernie_dist.data.shard import PreparedSource
 from ernie_dist.engine.base import Engine, Measure
-from ernie_dist.spec.errors import CheckpointError
+from ernie_dist.spec.errors import BadNumbersError, CheckpointError
 from ernie_dist.spec.resolve import ResolvedJob, ResolvedStage
 from ernie_dist.trusted_files import complete, difference, entry, publish, read_manifest
 from ernie_dist.world import World
@@ -64,7 +64,8 @@ class References:
         for wanted in _wanted(job, stage):
             packs = wanted.reader.packs
             found = np.zeros(len(packs.lengths), np.float32)
-            batches = dealt(wanted.reader, wanted.sequences, world, stage.micro_batch_size)
+            size = max(1, stage.micro_batch_size * stage.sequence_length // packs.sequence_length)
+            batches = dealt(wanted.reader, wanted.sequences, world, size)
             for micro, log_p in engine.measure(log_probabilities, batches):
                 if cancelled():
                     return None
@@ -74,6 +75,12 @@ class References:
             world.sum(torch.from_numpy(found))  # each pair was measured by one rank
             first = packs.offsets[wanted.sequences]
             asked = ranges(first, packs.offsets[wanted.sequences + 1] - first)
+            if broken := np.count_nonzero(~np.isfinite(found[asked])):
+                raise BadNumbersError(
+                    f"stage {stage.name}: the model's log-probabilities of {broken:,} of {len(asked):,} pairs "
+                    f"({wanted.name}) are not finite, so it cannot be compared with itself; look at the stages before",
+                    final=True,
+                )
             ratios[wanted.name] = np.full_like(found, np.nan)
             ratios[wanted.name][asked] = found[asked]
         return cls(stage, ratios)
@@ -109,9 +116,15 @@ class References:
         found = tuple(self._filled(micro, self._training) for micro in batch.micro_batches)
         return replace(batch, micro_batches=found)
 
-    def of_held_out(self, source: str, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-        """Held-out micro-batches of one source, with the reference of each of their pairs."""
-        return (self._filled(micro, [_key(source, "validation")]) for micro in batches)
+    def hold(self, source: str, length: int, sequences: int) -> bool:
+        """Whether the pairs in the first so many held-out sequences of this length were measured."""
+        return _key(source, "validation", length, sequences) in self._ratios
+
+    def of_held_out(
+        self, source: str, length: int, sequences: int, batches: Iterator[MicroBatch]
+    ) -> Iterator[MicroBatch]:
+        """Micro-batches of the first so many held-out sequences, with the reference of each of their pairs."""
+        return (self._filled(micro, [_key(source, "validation", length, sequences)]) for micro in batches)
 
     def _filled(self, micro: MicroBatch, names: Sequence[str]) -> MicroBatch:
         """`names`: where the ratios of each source number are."""
@@ -137,9 +150,11 @@ def _wanted(job: ResolvedJob, stage: ResolvedStage) -> Iterator[_Wanted]:
         yield _Wanted(_key(name, "train"), SequenceReader(source, packs, stage.loss), sequences)
         if job.sources[name].held_out:
             packs = source.packs("validation", job.spec.evaluation_length)
-            sequences = np.arange(min(job.spec.held_out_sequences, len(packs)))
-            yield _Wanted(_key(name, "validation"), SequenceReader(source, packs, stage.loss), sequences)
+            count = min(job.spec.held_out_sequences, len(packs))
+            key = _key(name, "validation", packs.sequence_length, count)
+            yield _Wanted(key, SequenceReader(source, packs, "answers"), np.arange(count))
 
 
-def _key(source: str, split: str) -> str:
-    return f"{source}.{split}.npy"
+def _key(source: str, split: str, *cut: int) -> str:
+    """`cut`: what decides which pairs have which numbers, where no fingerprint of the stage does."""
+    return ".".join([source, split, *map(str, cut), "npy"])

@@ -77,7 +77,7 @@ class _Attempt:
             events.PhaseEnded(attempt, phase.label, step, seconds)
         )
         self.skips = Skips.read(files.skipped_batches)
-        self.evaluations = Evaluations(job, files, world, self.engine, self.events, self.skips, self.stop.requested)
+        self.evaluations = Evaluations(job, files, world, self.engine, self.events, self.skips, self._is_asked_to_stop)
         self.meter = Meter(job, self.engine, world)
         self.busy = BusyTimes(world, job.spec.watchdog.straggler)
 
@@ -163,20 +163,35 @@ class _Attempt:
         """Asks the model about a preference stage's pairs, before its first step. False if a stop came first."""
         self.beat.enter(Phase.EVALUATE, self.progress.step)
         found = References.measure(
-            self.job, stage, self.engine, self.world, answer_log_probabilities, self.stop.requested
+            self.job, stage, self.engine, self.world, answer_log_probabilities, self._is_asked_to_stop
         )
         if found is None:
-            saving = self.stop.save_fits() and self.progress.step > 0 and not self.refusals.pending
-            if saving:
-                self.store.save(self.engine, self.progress, self._remembered())
             self._tell_of_saves(wait=True)
-            self.events.emit(self._stopped(saved=saving))
+            saved = self.world.from_main(self._has_checkpoint() if self.world.is_main else None)
+            if not saved and self.progress.step > 0 and not self.refusals.pending and self.stop.save_fits():
+                self._compare_ranks()
+                self.beat.enter(Phase.SAVE, self.progress.step)
+                self.store.save(self.engine, self.progress, self._remembered())
+                self._tell_of_saves(wait=True)
+                saved = True
+            self.events.emit(self._stopped(saved=saved))
             return False
         if self.world.is_main:
             self.fence()
             found.write(self.files.references(stage.name))
         self.references = self.evaluations.held_out.references = found
+        self.meter.resume()
         return True
+
+    def _is_asked_to_stop(self) -> bool:
+        """Asked between the parts of what takes long: that it goes on is seen from outside. Collective."""
+        self.beat.touch()
+        return self.stop.requested()
+
+    def _has_checkpoint(self) -> bool:
+        """Whether the step just done is saved."""
+        newest = complete_checkpoints(self.files.checkpoints)[:1]
+        return newest == [checkpoint_folder(self.files.checkpoints, self.progress.step)]
 
     def _record(self, batch: Batch, stage: ResolvedStage, rate: float, result: Any) -> None:
         progress, slowest = self.progress, self.busy.add(self.meter.reading + result.busy_seconds)

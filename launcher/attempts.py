@@ -54,7 +54,7 @@ def run_attempts(
         lease.begin(number)
         guard = _Guard(run_dir, lease, number)
         returncode = launcher.run(Attempt(run_dir.root, number, job.spec.resources, deadline), guard.end_now)
-        lease.refuse_if_lost()
+        lease.confirm()  # its ranks may have found out first
         found = Cause(STOPPED, guard.reason) if guard.reason else history.cause(run_dir, number, returncode)
         end = history.record_end(run_dir, number, found)
         _explain(found)

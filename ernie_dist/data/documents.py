@@ -280,7 +280,10 @@ _LAYOUTS: dict[str, Callable[[Row], Conversation]] = {
 
 
 def _pairs(row: Row) -> Preference:
-    """{"prompt": question or messages, "chosen": answer or messages, "rejected": the same, "system"?}"""
+    """{"prompt": question or messages, "chosen": answer or messages, "rejected": the same, "system"?}
+
+    Messages of an answer may begin with those of the prompt.
+    """
     prompt = _get(row, "prompt") if "prompt" in row else []
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     _check_type(before, list, "field 'prompt'", "text or a list of messages")
@@ -291,7 +294,7 @@ def _pairs(row: Row) -> Preference:
         answer = _get(row, name)
         after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         _check_type(after, list, f"field {name!r}", "text or a list of messages")
-        sides.append([*before, *after])
+        sides.append(after if after[: len(before)] == before else [*before, *after])
     return _preference(*([(turn.role, turn.content) for turn in _messages({"messages": side})] for side in sides))
 
 

@@ -114,7 +114,8 @@ def read_answers(folder: Path, key: str) -> dict[int, Asked]:
     """{number of the question: what was written}; a line that was cut off by a crash does not count."""
     found: dict[int, Asked] = {}
     for path in sorted(folder.glob(f"{key}.rank-*.jsonl")):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        # Not splitlines: an answer may hold other ends of lines.
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 row = json.loads(line)
             except ValueError:

@@ -77,8 +77,9 @@ def evaluate(wanted: Wanted) -> Path:
     run = Path(wanted.model) if (Path(wanted.model) / "job.json").is_file() else None
     own = run / "evaluation" if run else Path("evaluation") / Path(wanted.model).resolve().name
     folder = Path(wanted.to) if wanted.to else own
-    questions = [] if tasks and wanted.data is None else _sampled(_questions(wanted, run), wanted)
-    how = _how(wanted, questions)
+    known = [] if tasks and wanted.data is None else _questions(wanted, run)
+    questions = _sampled(known, wanted)
+    how = _how(wanted, known)
     candidates = _candidates(wanted, run)
     judged = [_judged(who, questions, how, wanted, names, ks, folder) for who in candidates]
     harness = {who.name: _benchmarks(who, tasks, wanted) for who in candidates if tasks}
@@ -88,13 +89,14 @@ def evaluate(wanted: Wanted) -> Path:
     return _publish(results, folder, wanted)
 
 
-def _how(wanted: Wanted, questions: Sequence[Question]) -> How:
+def _how(wanted: Wanted, known: Sequence[Question]) -> How:
+    """`known`: all rows, also those left out by --limit: their labels can be given too."""
     sampling = Sampling(
         **{name: getattr(wanted, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")},
         repetition_penalty=wanted.repetition_penalty,
         seed=wanted.seed,
     )
-    labels = tuple(sorted({question.label for question in questions if question.label is not None}))
+    labels = tuple(sorted({question.label for question in known if question.label is not None}))
     return How(sampling, wanted.samples, wanted.batch_size, labels)
 
 

@@ -65,15 +65,21 @@ class HeldOut:
     def _measurable(self, name: str, reader: SequenceReader) -> bool:
         if reader.source.kind != "preference":
             return True
-        return self.references is not None and name in self.references.stage.mixture
+        if self.references is None or name not in self.references.stage.mixture:
+            return False
+        return self.references.hold(name, self._length, self._count(reader))
+
+    def _count(self, reader: SequenceReader) -> int:
+        return min(self._limit, len(reader))
 
     def _mine(self, name: str, cancelled: Callable[[], bool]) -> Iterator[MicroBatch]:
         """This rank's share, until cancelled."""
         reader = self._readers[name]
-        batches = dealt(reader, np.arange(min(self._limit, len(reader))), self._world, self._size)
+        count = self._count(reader)
+        batches = dealt(reader, np.arange(count), self._world, self._size)
         if reader.source.kind == "preference":
             assert self.references is not None
-            batches = self.references.of_held_out(name, batches)
+            batches = self.references.of_held_out(name, self._length, count, batches)
         for micro in batches:
             self._cancelled = cancelled()
             if self._cancelled:

@@ -15,11 +15,11 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ernie_dist.checkpoint import engine_folder
 from ernie_dist.engine.select import read_weights
-from ernie_dist.model.base_weights import weights_fingerprint
+from ernie_dist.model.base_weights import base_fingerprint, weights_fingerprint
 from ernie_dist.model.build import build_model
 from ernie_dist.spec.errors import CheckpointError, SpecError
 from ernie_dist.spec.resolve import ResolvedJob
-from ernie_dist.spec.run_files import EXPORTED
+from ernie_dist.spec.run_files import EXPORTED, read_state
 from ernie_dist.spec.training import ModelSpec
 
 
@@ -33,6 +33,8 @@ def export_model(job: ResolvedJob, checkpoint: Path | None, to: Path, *, adapter
         raise CheckpointError(f"{to}: exists and is not an export; give another folder")
     if adapter_only:
         _refuse_without_base(job.spec.model)
+    if checkpoint is not None and job.spec.model.adapter is not None:
+        _refuse_other_base(job, checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(job.tokenizer.folder)
     model = _model(job, checkpoint, adapter_only=adapter_only)
     origin: dict[str, Any] = {"run": job.spec.name, "checkpoint": checkpoint.name if checkpoint else None}
@@ -74,6 +76,16 @@ def _model(job: ResolvedJob, checkpoint: Path | None, *, adapter_only: bool) -> 
         if untied or unexpected:
             raise CheckpointError(f"{checkpoint}: weights do not fit the model: {[*untied, *unexpected][:3]}")
     return model.to(next(iter(weights.values())).dtype) if weights else model
+
+
+def _refuse_other_base(job: ResolvedJob, checkpoint: Path) -> None:
+    """The checkpoint of an adapter says which weights it was trained on, and holds none of them."""
+    spec = job.spec.model
+    if read_state(checkpoint)["base"] != base_fingerprint(spec, job.tokenizer.vocab_size, job.spec.seed):
+        raise CheckpointError(
+            f"{checkpoint}: its adapter was trained on other weights than {spec.from_pretrained} holds now; bring the "
+            "earlier ones back"
+        )
 
 
 def _refuse_without_base(spec: ModelSpec) -> None:

@@ -1,4 +1,4 @@
-"""LoRA through peft: thin matrices beside frozen ones. With `inference`, the only importer of peft.
+"""LoRA through peft: thin matrices beside frozen ones. With `loading`, the only importer of peft.
 
 model.layers.0.self_attn.q_proj.weight -> ...q_proj.base_layer.weight  frozen
                                           ...q_proj.lora_A.default.weight, lora_B: trained

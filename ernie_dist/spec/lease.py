@@ -137,6 +137,12 @@ class Lease:
             self._renew(attempt=attempt)
         self.refuse_if_lost()
 
+    def confirm(self) -> None:
+        """`refuse_if_lost`, as it is at this moment and not as the last heartbeat found it."""
+        with self._lock, suppress(OSError):
+            self._renew()
+        self.refuse_if_lost()
+
     def refuse_if_lost(self) -> None:
         """Raises LeaseLost once another launch has taken over."""
         if self._lost:

@@ -107,7 +107,7 @@ def test_a_full_disk_costs_attempts_but_no_checkpoint_and_the_run_goes_on_once_t
         assert process.returncode == 0, output
         assert "No space left on device" in output and "untouched" in output and "Traceback" not in output
         assert all(replay.identical for replay in replayed_steps(files.metrics))
-        assert sorted(runs.curve(run)) == list(range(1, 37)), "no step is missing from the record"
+        assert sorted(runs.curve(run)) == list(range(1, 45)), "no step is missing from the record"
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 

@@ -84,6 +84,7 @@ def test_both_layouts_give_the_same_pair_and_every_mistake_is_named() -> None:
     texts = {"chosen": "好", "rejected": "坏"}
     sides = {side: [*whole, {"role": "assistant", "content": text}] for side, text in texts.items()}
     assert pairs(sides) == expected
+    assert pairs({"prompt": whole, **sides}) == expected, "answers may begin with the prompt"
     assert [turn.counts for turn in expected.chosen] == [False, False, False, False, True]
 
     question = {"prompt": "问"}
@@ -170,6 +171,9 @@ def test_references_are_the_models_own_until_it_learns_and_survive_a_restart_unl
     references.write(folder)
     references.write(folder)  # a stage that begins again
     again = References.read(folder, stage)
+    count = len(PreparedSource.open(Path(job.sources["pairs"].folder)).packs("validation", LENGTH))
+    assert again.hold("pairs", LENGTH, count)
+    assert not again.hold("pairs", 2 * LENGTH, count), "held-out pairs cut otherwise have other numbers"
     rows = reader_of(job).rows(np.arange(4))
     batch = Batch(0, "prefer", (stack(rows[:2]), stack(rows[2:])), np.zeros((4, 2), np.int64), 4 * LENGTH)
     results = [engine.step(again.of_batch(batch), 2e-3) for _ in range(6)]

@@ -173,6 +173,7 @@ def test_a_run_does_not_go_on_over_another_base(tuned: Path, adapted: Path, tmp_
         shutil.copytree(adapted / "export", base)  # the same shapes
         with pytest.raises(CheckpointError, match=r"trained on other weights than .*full/export holds now"):
             train(run, 2, World(), io.StringIO())
+        assert main(["export", str(run), "--to", str(tmp_path / "wrong")]) == 2 and not (tmp_path / "wrong").exists()
     finally:
         shutil.rmtree(base)
         (tmp_path / "base").rename(base)
