@@ -71,7 +71,7 @@ def write_pairs(data: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (data / FILES[2]).open(encoding="gb18030", newline="") as file:
         rows = [(row["title"].strip(), row["answer"].strip()) for row in csv.DictReader(file)]
-    medical = [(question, answer) for question, answer in rows if question and 10 <= len(answer) <= 80]
+    medical = [(question, answer) for question, answer in rows if question and len(answer) <= 160]
     riddles = [(row["riddle"], row["answer"]) for row in json.loads((data / FILES[3]).read_text(encoding="utf-8"))]
     chance = random.Random(5)
     for name, pairs in (("medical", dict(medical)), ("riddles", dict(riddles))):
@@ -171,7 +171,7 @@ def _evaluated(folder: Path, name: str, questions: int) -> dict[str, Any]:
     for source in ("medical", "riddles"):
         out = folder / f"{name}-{source}.json"
         about = ["--data", str(folder / f"test-{source}.jsonl"), "--against", str(folder / "base" / "export")]
-        limit = ["--limit", str(questions), "--max-new-tokens", "64", "--seed", "1"]
+        limit = ["--limit", str(questions), "--max-new-tokens", "128", "--seed", "1"]
         kept = ["--to", str(folder / f"{name}-{source}"), "--json", str(out)]
         _run("eval", str(folder / name / "export"), *about, *limit, *kept)
         results = json.loads(out.read_text(encoding="utf-8"))
