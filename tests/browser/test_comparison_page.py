@@ -4,7 +4,6 @@ $ERNIE_CHROMIUM names another browser; $ERNIE_SCREENSHOTS a folder for pictures 
 """
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -43,11 +42,7 @@ def address(tmp_path: Path) -> str:
     return path.as_uri()
 
 
-def test_answers_side_by_side(address: str) -> None:
-    names = (os.environ.get("ERNIE_CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
-    chromium = next((path for name in names if name and (path := shutil.which(name))), None)
-    if chromium is None:
-        pytest.skip("no chromium found: apt-get install chromium, or name one in ERNIE_CHROMIUM")
+def test_answers_side_by_side(address: str, chromium: str) -> None:
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1300, "height": 1500})

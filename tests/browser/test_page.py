@@ -4,7 +4,6 @@ $ERNIE_CHROMIUM names another browser; $ERNIE_SCREENSHOTS a folder for pictures 
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,18 +61,6 @@ def served(taught: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
             yield Served(server.stdout.readline().split()[0], feedback)
         finally:
             server.terminate()
-
-
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    names = (os.environ.get("ERNIE_CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
-    found = next((path for name in names if name and (path := shutil.which(name))), None)
-    if found is None:
-        reason = "no chromium found: apt-get install chromium, or name one in ERNIE_CHROMIUM"
-        if os.environ.get("ERNIE_REQUIRE_BROWSER") == "1":
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
-    return found
 
 
 @pytest.fixture(scope="module")

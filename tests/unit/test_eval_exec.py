@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -163,17 +164,20 @@ def test_it_dies_with_whoever_asked() -> None:
         f'"import time; time.sleep(60)", "{mark}-inside"])\', Limits(seconds=60))'
     )
     asking = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
-    wait_for(lambda: marked(f"\0{mark}-inside\0"))
+    assert becomes(lambda: bool(marked(f"\0{mark}-inside\0")))
     asking.kill()
     asking.wait()
-    wait_for(lambda: not marked(f"\0{mark}-inside\0"))
+    assert becomes(lambda: not marked(f"\0{mark}-inside\0"))
 
 
-def wait_for(condition: object, seconds: float = 30) -> None:
+def becomes(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    """Whether it holds within this time."""
     deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.05)
+    return True
 
 
 def test_without_confinement_time_is_still_limited() -> None:
