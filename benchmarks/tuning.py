@@ -112,7 +112,7 @@ def _base(data: Path, tokenizer: str, quick: bool) -> dict[str, Any]:
         tokenizer,
         model={"preset": "ernie-4.5-tiny", "override": SHAPE},
         sources=sources,
-        curriculum=[{**stage, "duration": "4 steps" if quick else "150 steps"}],
+        curriculum=[{**stage, "duration": "4 steps" if quick else "120 steps"}],
         schedule={"kind": "wsd", "peak": 4e-3, "warmup": "5 %", "decay": "20 %"},
     )
 
@@ -123,7 +123,7 @@ def _tuned(folder: Path, tokenizer: str, quick: bool) -> dict[str, dict[str, Any
         for name in ("medical", "riddles")
     }
     stage = {"name": "sft", "sequence_length": 512, "mixture": {"medical": 0.6, "riddles": 0.4}}
-    stage |= {"duration": "4 steps" if quick else "3 epochs"}
+    stage |= {"duration": "4 steps" if quick else "2 epochs"}
     base = {"from_pretrained": str(folder / "base" / "export")}
     adapter = {"rank": 32, "targets": "all-linear"}
     compared = {

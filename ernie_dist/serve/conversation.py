@@ -49,9 +49,13 @@ class Conversation:
             self.turns.append({"role": "assistant", "content": ""})
         self.turns[-1]["content"] += piece
 
+    @property
+    def unanswered(self) -> bool:
+        return bool(self.turns) and self.turns[-1]["role"] == "user"
+
     def settle(self) -> None:
         """Takes back a question without an answer: it could be neither continued nor trained on."""
-        if self.turns and self.turns[-1]["role"] == "user":
+        if self.unanswered:
             self.turns.pop()
 
     def fitting(self, model: ChatModel, room: int) -> tuple[list[Message], int]:

@@ -111,6 +111,8 @@ def _answerer(models: Sequence[ChatModel]) -> Callable[..., Iterator[Any]]:
                 for piece in model.stream(messages, sampling):
                     side.hear(piece)
                     yield "", sides, *_shown(sides)
+                if side.unanswered:
+                    gr.Info(html.escape(f"{model.name} said nothing; ask in other words, or at another temperature"))
             except ErnieError as error:
                 gr.Warning(html.escape(str(error)))
             side.settle()
