@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # both know torch, which running a program does not need
 
 _JAIL = Path(__file__).with_name("jail.py")
 _CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.S | re.I)
+_DEFINES = r"^(?:async +)?(?:def|class) +{0}\b|^{0} *(?::[^=\n]+)?=[^=]"
 _TAIL = 4096
 """bytes of a program's output that are kept"""
 
@@ -110,14 +111,24 @@ def pass_table(
 
 def program(question: Question, answer: str) -> str:
     """What is run: the answer's code, then the tests. An answer that goes on with the prompt is put after it."""
-    found = _CODE.search(answer)
-    code = found[1] if found else answer
+    fenced = _CODE.search(answer)
+    code = fenced[1] if fenced else answer
     name, tests = question.entry_point, question.tests or ""
-    if name and not re.search(rf"^(?:async )?def {re.escape(name)}\b|^{re.escape(name)} *=", code, re.M):
-        code = question.text + "\n" + code
+    if name and not re.search(_DEFINES.format(re.escape(name)), code, re.M):
+        users = [turn.content for turn in question.turns or () if turn.role == "user"]
+        prompt = (users[-1] if users else question.text).rstrip()
+        code = f"{prompt}\n{code if fenced else _indented(code, prompt)}"
     if name and re.search(r"^def check\(", tests, re.M) and not re.search(r"^check\(", tests, re.M):
         tests += f"\ncheck({name})"
     return f"{code}\n\n{tests}\n"
+
+
+def _indented(code: str, prompt: str) -> str:
+    """Models learn and give answers without white space around them: the first line gets back what the prompt's end
+    asks for."""
+    last = prompt.rpartition("\n")[2]
+    wanted = last[: len(last) - len(last.lstrip())] + "    " * last.endswith(":")
+    return code if code[:1].isspace() else wanted + code
 
 
 def run(text: str, limits: Limits) -> Ran:

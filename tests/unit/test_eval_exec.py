@@ -8,10 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ernie_dist.data.documents import Turn
 from ernie_dist.evaluate.asking import Asked
 from ernie_dist.evaluate.execution import Limits, check_confinement, pass_table, program, run
 from ernie_dist.evaluate.metrics import pass_at
@@ -64,6 +67,27 @@ def test_a_completion_goes_on_with_its_prompt() -> None:
     assert program(question, "    return 1").splitlines() == [
         *("def one():", "    return 1", "", "def check(f):", "    assert f() == 1", "check(one)"),
     ]
+
+
+def test_a_completion_gets_back_the_indentation_that_its_answer_lost() -> None:
+    asked = 'class One:\n    def get(self):\n        """One."""\n'
+    turns = (Turn("system", "写代码", False), Turn("user", asked, False), Turn("assistant", "-", True))
+    question = Question("system: 写代码\nuser: " + asked, None, turns=turns, tests="", entry_point="One")
+    for prompt, answer in (
+        (question, "one = 1\n        return one"),
+        (question, "```python\n        one = 1\n        return one\n```"),
+        (replace(question, turns=None, text="class One:\n    def get(self):"), "one = 1\n        return one"),
+    ):
+        namespace: dict[str, Any] = {}
+        exec(program(prompt, answer), namespace)
+        assert namespace["One"]().get() == 1
+
+
+@pytest.mark.parametrize(
+    "answer", ["class one:\n    pass", "one: int = 1", "async def one():\n    pass", "one = 1", "def one(): pass"]
+)
+def test_an_answer_that_defines_what_was_asked_for_stands_alone(answer: str) -> None:
+    assert "写一个" not in program(Question("写一个 one", None, tests="one", entry_point="one"), answer)
 
 
 @pytest.mark.usefixtures("confined")
