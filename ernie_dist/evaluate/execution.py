@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ernie_dist.spec.errors import DataError, EnvironmentProblem
+from ernie_dist.spec.errors import DataError, EnvironmentProblem, SpecError
 
 if TYPE_CHECKING:  # both know torch, which running a program does not need
     from ernie_dist.evaluate.asking import Asked
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # both know torch, which running a program does not need
 
 _JAIL = Path(__file__).with_name("jail.py")
 _CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.S | re.I)
+_DEFINES = r"^(?:async +)?(?:def|class) +{0}\b|^{0} *(?::[^=\n]+)?=[^=]"
 _TAIL = 4096
 """bytes of a program's output that are kept"""
 
@@ -42,13 +43,18 @@ class Limits:
     memory: int = 1 << 30
     """bytes of address space of each process"""
     processes: int = 16
-    """threads count too"""
+    """threads count too; only where it is confined"""
     disk: int = 64 << 20
     """bytes in its folder, which lies in memory"""
     file: int = 16 << 20
     """bytes of one file"""
     confined: bool = True
     """False: without namespaces, so that it can read and write what its user can"""
+
+    def __post_init__(self) -> None:
+        """Raises SpecError."""
+        if self.seconds <= 0:
+            raise SpecError(f"--exec-timeout {self.seconds:g}s: no program ends in that; give e.g. 10s")
 
     def arguments(self) -> str:
         seconds = int(self.seconds) + 1
@@ -75,8 +81,8 @@ def check_confinement() -> None:
         if ran.passed and not os.listdir(folder):
             return
     raise EnvironmentProblem(
-        f"code cannot be confined here: {ran.said or 'the probe got out'}; it takes Linux 5.12 or newer and namespaces "
-        "for unprivileged users (sysctl user.max_user_namespaces, on Ubuntu "
+        f"code cannot be confined here: {ran.said or 'the probe got out'}; it takes Linux 5.14 or newer on x86_64 or "
+        "aarch64, and namespaces for unprivileged users (sysctl user.max_user_namespaces, on Ubuntu "
         "kernel.apparmor_restrict_unprivileged_userns=0). In a machine that you can throw away, --exec-unconfined runs "
         "it with your own rights"
     )
@@ -103,21 +109,39 @@ def pass_table(
         progress(1)
         return passed
 
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or workers_for(limits)) as pool:
         passed = iter(list(pool.map(test, programs)))
     return [[next(passed) for _ in one.answers] for one in asked]
 
 
+def workers_for(limits: Limits) -> int:
+    """How many programs run at once: fewer than there are cores, since waiting for one counts as time, and no more than
+    fit into the free memory if each takes all it may."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable:"))
+    return max(1, min(len(os.sched_getaffinity(0)) - 1, free // (limits.memory * limits.processes)))
+
+
 def program(question: Question, answer: str) -> str:
     """What is run: the answer's code, then the tests. An answer that goes on with the prompt is put after it."""
-    found = _CODE.search(answer)
-    code = found[1] if found else answer
+    fenced = _CODE.search(answer)
+    code = fenced[1] if fenced else answer
     name, tests = question.entry_point, question.tests or ""
-    if name and not re.search(rf"^(?:async )?def {re.escape(name)}\b|^{re.escape(name)} *=", code, re.M):
-        code = question.text + "\n" + code
+    if name and not re.search(_DEFINES.format(re.escape(name)), code, re.M):
+        users = [turn.content for turn in question.turns or () if turn.role == "user"]
+        prompt = (users[-1] if users else question.text).rstrip()
+        code = f"{prompt}\n{code if fenced else _indented(code, prompt)}"
     if name and re.search(r"^def check\(", tests, re.M) and not re.search(r"^check\(", tests, re.M):
         tests += f"\ncheck({name})"
     return f"{code}\n\n{tests}\n"
+
+
+def _indented(code: str, prompt: str) -> str:
+    """Models learn and give answers without white space around them: the first line gets back what the prompt's end
+    asks for."""
+    last = prompt.rpartition("\n")[2]
+    wanted = last[: len(last) - len(last.lstrip())] + "    " * last.endswith(":")
+    return code if code[:1].isspace() else wanted + code
 
 
 def run(text: str, limits: Limits) -> Ran:
@@ -160,19 +184,23 @@ def _talk(child: subprocess.Popen[bytes], text: bytes, seconds: float) -> tuple[
         if ready:
             more = os.read(child.stdout.fileno(), 1 << 16)
             if not more:
-                try:
-                    child.wait(max(0.0, deadline - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    return said, False
-                return said, True
+                return said, _ends(child, deadline)
             said = (said + more)[-_TAIL:]
     return said, False
 
 
+def _ends(child: subprocess.Popen[bytes], deadline: float) -> bool:
+    """Whether it ends in time. It is not reaped yet: until then its group keeps its number."""
+    while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """Killed, its init dies with it, and with that all processes of its namespace."""
-    if child.poll() is None:
-        os.killpg(child.pid, signal.SIGKILL)
+    """Killed, its init dies with it, and with that all processes of its namespace; without one, all of its group."""
+    os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     for stream in (child.stdin, child.stdout):
         if stream is not None:
@@ -180,7 +208,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 _PROBE = """
-import os, socket
+import os, socket, threading
 for path in ({folder!r} + "/out", "/usr/ernie-out", "/etc/ernie-out"):
     try:
         open(path, "w")
@@ -197,4 +225,5 @@ if os.listdir(".") != ["main.py"] or os.path.exists("/proc/self") or os.path.exi
     raise SystemExit("it sees files of others")
 if os.getuid() == 0 or os.getpid() > 3:
     raise SystemExit("it is not by itself")
+threading.Thread(target=print).start()
 """

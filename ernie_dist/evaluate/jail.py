@@ -1,17 +1,19 @@
 """Runs a Python program that may be hostile. A script of the standard library alone: python -I jail.py LIMITS < PROGRAM
 
 this process --new namespaces: mounts, processes, network, ipc; users, unless root--> init, pid 1 --an empty root-->
-program: a user of its own, no capabilities, limits
+program: a user of its own, no capabilities, limits, no system calls for memory that limits do not count
 
 The program sees an empty folder in memory, the interpreter and the system's libraries, read-only, and nothing else: no
 other process, no network, no file of anybody's. When init ends, the kernel kills whatever is left in its namespace.
 """
 
 import ctypes
+import errno
 import json
 import os
 import resource
 import signal
+import struct
 import sys
 
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (
@@ -19,10 +21,18 @@ _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (
 )  # fmt: skip
 _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 _DETACH = 2
-_PIVOT_ROOT, _MOUNT_SETATTR = {"x86_64": (155, 442), "aarch64": (41, 442)}.get(os.uname().machine, (None, None))
+_MOUNT_SETATTR = 442
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # as linux/audit.h numbers them
+_REFUSED = {  # shmget, shmat, semget, msgget, memfd_create, memfd_secret, io_uring_setup
+    "x86_64": (29, 30, 64, 68, 319, 447, 425),
+    "aarch64": (194, 196, 190, 186, 279, 447, 425),
+}
+_X32 = 0x40000000
+"""x86_64 knows every call by a second number, from here on"""
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _ATTR_RDONLY, _ATTR_NOSUID, _ATTR_NODEV = 1, 2, 4
-_PDEATHSIG, _DUMPABLE, _CAPBSET_DROP, _NO_NEW_PRIVS = 1, 4, 24, 38
+_PDEATHSIG, _DUMPABLE, _SECCOMP, _CAPBSET_DROP, _NO_NEW_PRIVS = 1, 4, 22, 24, 38
 _NOBODY = 65534
 _OWN = 1 << 30
 """numbers from here on belong to nobody: for root, the user of a program, whose processes can be counted"""
@@ -34,7 +44,10 @@ def main() -> None:
     program = sys.stdin.buffer.read()
     _die_with_parent()
     user, proc = _OWN + os.getpid(), os.open("/proc", os.O_RDONLY)
+    _write(proc, "self/oom_score_adj", "1000")  # where memory runs out, this is what the kernel ends first
     if limits["confined"]:
+        if os.uname().machine not in _REFUSED:
+            sys.exit(f"the jail is made for {' and '.join(_REFUSED)}, and this machine is {os.uname().machine}")
         _unshare(proc)
         _die_with_parent()  # new capabilities clear it
     child = os.fork()
@@ -108,8 +121,7 @@ def _build_root(disk: int, user: int) -> None:
     _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
     os.mkdir("/tmp/.old")
     os.chdir("/tmp")
-    assert _PIVOT_ROOT is not None
-    _check(_LIBC.syscall(_PIVOT_ROOT, b".", b".old"), "pivot_root")
+    _check(_LIBC.syscall(_PIVOT_ROOT[os.uname().machine], b".", b".old"), "pivot_root")
     os.chdir("/")
     for path, target in links.items():
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -155,10 +167,11 @@ def _restrict(path: str, attributes: int, flags: int) -> None:
 
 def _drop_everything(limits: dict, user: int, proc: int) -> None:
     """Resource limits, a user whose processes are nobody else's, no capabilities, and no way to get new ones."""
-    for name in ("AS", "CPU", "FSIZE", "NPROC", "NOFILE"):
+    for name in ("AS", "CPU", "FSIZE", "NOFILE"):
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limits[name], limits[name]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if limits["confined"]:
+        resource.setrlimit(resource.RLIMIT_NPROC, (limits["NPROC"],) * 2)  # else it counts all processes of this user
         if os.geteuid() == 0:
             os.setgroups([])
             os.setresgid(user, user, user)
@@ -169,7 +182,24 @@ def _drop_everything(limits: dict, user: int, proc: int) -> None:
             if _LIBC.prctl(_CAPBSET_DROP, capability, 0, 0, 0):
                 break  # past the last one this kernel knows
     _call("prctl", _NO_NEW_PRIVS, 1, 0, 0, 0)
+    if limits["confined"]:
+        _refuse_calls()
     # The ids are not 0, so what is left of the capabilities is lost when the program is executed.
+
+
+def _refuse_calls() -> None:
+    """A seccomp filter. Calls fail that get memory which stays when it is not mapped, so that no limit counts it; and
+    all calls by the numbers of another architecture, which would pass by such a list."""
+    load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06
+    allow, refuse = 0x7FFF0000, 0x00050000 | errno.EPERM
+    machine = os.uname().machine
+    steps = [(load, 0, 0, 4), (equal, 1, 0, _ARCHITECTURE[machine]), (end, 0, 0, refuse), (load, 0, 0, 0)]
+    for test, number in [(at_least, _X32), *((equal, number) for number in _REFUSED[machine])]:
+        steps += [(test, 0, 1, number), (end, 0, 0, refuse)]  # not so: one further
+    code = b"".join(struct.pack("HBBI", *step) for step in [*steps, (end, 0, 0, allow)])
+    held = ctypes.create_string_buffer(code, len(code))
+    program = struct.pack("HP", len(code) // 8, ctypes.addressof(held))
+    _check(_LIBC.prctl(_SECCOMP, ctypes.c_ulong(2), program, 0, 0), "seccomp filter")
 
 
 def _mount(source: str, target: str, kind: "str | None", flags: int, options: "str | None" = None) -> None:

@@ -8,17 +8,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ernie_dist.data.documents import Turn
 from ernie_dist.evaluate.asking import Asked
-from ernie_dist.evaluate.execution import Limits, check_confinement, pass_table, program, run
+from ernie_dist.evaluate.execution import Limits, check_confinement, pass_table, program, run, workers_for
 from ernie_dist.evaluate.metrics import pass_at
 from ernie_dist.evaluate.questions import Question
-from ernie_dist.spec.errors import DataError, EnvironmentProblem
+from ernie_dist.spec.errors import DataError, EnvironmentProblem, SpecError
 
-SHORT = Limits(seconds=4, memory=512 << 20)
+SMALL = Limits(seconds=60, memory=512 << 20)
+
+LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+SYSTEM_V = ("shmget(0, 1 << 20, 0o1600)", "semget(0, 1, 0o1600)", "msgget(0, 0o1600)")
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +32,8 @@ def confined() -> None:
     try:
         check_confinement()
     except EnvironmentProblem as reason:
+        if os.environ.get("ERNIE_REQUIRE_CONFINEMENT") == "1":
+            pytest.fail(str(reason), pytrace=False)
         pytest.skip(str(reason))
 
 
@@ -54,8 +62,8 @@ def test_right_code_passes_and_wrong_code_does_not() -> None:
         "def add(a, b)\n    return",
     )
     asked = Asked(0, answers, (0,) * 5, (True,) * 5, None, 0)
-    assert pass_table([question], [asked], SHORT) == [[True, False, False, False, False]]
-    assert "AssertionError" in run(program(question, answers[1]), SHORT).said
+    assert pass_table([question], [asked], SMALL) == [[True, False, False, False, False]]
+    assert "AssertionError" in run(program(question, answers[1]), SMALL).said
 
 
 def test_a_completion_goes_on_with_its_prompt() -> None:
@@ -64,6 +72,27 @@ def test_a_completion_goes_on_with_its_prompt() -> None:
     assert program(question, "    return 1").splitlines() == [
         *("def one():", "    return 1", "", "def check(f):", "    assert f() == 1", "check(one)"),
     ]
+
+
+def test_a_completion_gets_back_the_indentation_that_its_answer_lost() -> None:
+    asked = 'class One:\n    def get(self):\n        """One."""\n'
+    turns = (Turn("system", "写代码", False), Turn("user", asked, False), Turn("assistant", "-", True))
+    question = Question("system: 写代码\nuser: " + asked, None, turns=turns, tests="", entry_point="One")
+    for prompt, answer in (
+        (question, "one = 1\n        return one"),
+        (question, "```python\n        one = 1\n        return one\n```"),
+        (replace(question, turns=None, text="class One:\n    def get(self):"), "one = 1\n        return one"),
+    ):
+        namespace: dict[str, Any] = {}
+        exec(program(prompt, answer), namespace)
+        assert namespace["One"]().get() == 1
+
+
+@pytest.mark.parametrize(
+    "answer", ["class one:\n    pass", "one: int = 1", "async def one():\n    pass", "one = 1", "def one(): pass"]
+)
+def test_an_answer_that_defines_what_was_asked_for_stands_alone(answer: str) -> None:
+    assert "写一个" not in program(Question("写一个 one", None, tests="one", entry_point="one"), answer)
 
 
 @pytest.mark.usefixtures("confined")
@@ -96,7 +125,7 @@ if os.getuid() == 0 or os.geteuid() == 0: got.append("is root")
 open("inside", "w").write("this is allowed")
 assert got == [], got
 """
-    ran = run(hostile, SHORT)
+    ran = run(hostile, SMALL)
     assert (ran.passed, ran.said) == (True, "")
     assert sorted(os.listdir(tmp_path)) == ["mine"] and (tmp_path / "mine").read_text() == "mine"
     server.close()
@@ -104,21 +133,32 @@ assert got == [], got
 
 @pytest.mark.usefixtures("confined")
 @pytest.mark.parametrize(
-    ("kind", "code"),
-    {
-        "loop": "while True: pass",
-        "sleeper": "import time\ntime.sleep(60)",
-        "memory": "held = [bytearray(1 << 24) for _ in range(200)]",
-        "disk": "for number in range(200):\n    open(str(number), 'wb').write(bytes(1 << 20))",
-        "one file": "open('big', 'wb').write(bytes(1 << 25))",
-        "flood": "while True: print('x' * 1000)",
-        "forks": "import os, time\nfor _ in range(200):\n    if os.fork() == 0: time.sleep(60)",
-    }.items(),
+    "code",
+    ["while True: pass", "import time\ntime.sleep(60)", "while True: print('x' * 1000)"],
+    ids=["loop", "sleeper", "flood"],
 )
-def test_it_cannot_use_more_than_its_limits(kind: str, code: str) -> None:
+def test_it_cannot_take_more_than_its_time(code: str) -> None:
     begun = time.monotonic()
-    assert not run(code, Limits(seconds=2, memory=512 << 20)).passed
+    assert not run(code, replace(SMALL, seconds=2)).passed
     assert time.monotonic() - begun < 6
+
+
+@pytest.mark.usefixtures("confined")
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("held = [bytearray(1 << 24) for _ in range(200)]", "MemoryError"),
+        ("for number in range(200):\n    open(str(number), 'wb').write(bytes(1 << 20))", "No space left"),
+        ("open('big', 'wb').write(bytes(1 << 25))", "File too large"),
+        ("import os, time\nfor _ in range(200):\n    if os.fork() == 0: time.sleep(60)", "temporarily unavailable"),
+        ("import os\nos.memfd_create('kept')", "not permitted"),
+        *((LIBC + f"assert libc.{call} >= 0, os.strerror(ctypes.get_errno())", "not permitted") for call in SYSTEM_V),
+    ],
+    ids=["memory", "disk", "one file", "forks", "memory file", "shared memory", "semaphores", "messages"],
+)
+def test_it_cannot_use_more_than_its_limits(code: str, reason: str) -> None:
+    ran = run(code, SMALL)
+    assert not ran.passed and reason in ran.said
 
 
 @pytest.mark.usefixtures("confined")
@@ -146,7 +186,7 @@ if os.fork() == 0:
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        run(daemon + "time.sleep(1)", SHORT)  # ends by itself
+        run(daemon + "time.sleep(1)", SMALL)  # ends by itself
         assert seen and not marked(mark)
         assert not run(daemon + "time.sleep(60)", Limits(seconds=2)).passed  # is ended
         assert not marked(mark)
@@ -165,9 +205,12 @@ def test_it_dies_with_whoever_asked() -> None:
     )
     asking = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     assert becomes(lambda: bool(marked(f"\0{mark}-inside\0")))
+    inside = marked(f"\0{mark}-inside\0")[0]
+    first_to_go = Path(f"/proc/{inside}/oom_score_adj").read_text()
     asking.kill()
     asking.wait()
     assert becomes(lambda: not marked(f"\0{mark}-inside\0"))
+    assert first_to_go == "1000\n"  # where memory runs out, before whoever asked
 
 
 def becomes(condition: Callable[[], bool], seconds: float = 30) -> bool:
@@ -182,9 +225,19 @@ def becomes(condition: Callable[[], bool], seconds: float = 30) -> bool:
 
 def test_without_confinement_time_is_still_limited() -> None:
     """What --exec-unconfined does, where namespaces are not to be had."""
-    limits = Limits(seconds=2, confined=False)
-    assert run("assert 1 + 1 == 2", limits).passed
-    assert not run("while True: pass", limits).passed
+    assert not run("while True: pass", Limits(seconds=2, confined=False)).passed
+    mark = f"background-{os.getpid()}"
+    behind = (
+        "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', "
+        f"{mark!r}], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)"
+    )
+    assert run(behind, Limits(seconds=30, confined=False)).passed
+    assert becomes(lambda: not marked(f"\0{mark}\0"))
+
+
+def test_programs_at_once_fit_the_memory() -> None:
+    assert workers_for(Limits(memory=1 << 50)) == 1
+    assert workers_for(Limits(memory=1, processes=1)) == max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def test_pass_at_k_is_unbiased() -> None:
@@ -199,3 +252,5 @@ def test_pass_at_k_is_unbiased() -> None:
 
 def test_limits_travel_whole() -> None:
     assert json.loads(Limits(seconds=2.5).arguments())["CPU"] == 3
+    with pytest.raises(SpecError, match="--exec-timeout 0s"):
+        Limits(seconds=0)
