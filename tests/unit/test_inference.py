@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ernie_dist.inference import ChatModel, Sampling, generate
 from ernie_dist.loading import load
-from ernie_dist.spec.errors import DataError, SpecError
+from ernie_dist.model.base_weights import weights_fingerprint
+from ernie_dist.spec.errors import DataError, EnvironmentProblem, SpecError
+from ernie_dist.spec.training import ModelSpec
 
 torch.set_num_threads(1)
 
@@ -122,7 +124,9 @@ def test_a_folder_without_what_it_takes_says_what_is_missing(taught: Any, tmp_pa
         generate(load(bare), "你好")
 
 
-def test_an_adapter_answers_on_its_base_and_on_no_other(taught: Any, tmp_path: Path) -> None:
+def test_an_adapter_answers_on_its_base_and_on_no_other(
+    taught: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft import LoraConfig, get_peft_model
 
     base = AutoModelForCausalLM.from_pretrained(taught.tuned)
@@ -151,3 +155,22 @@ def test_an_adapter_answers_on_its_base_and_on_no_other(taught: Any, tmp_path: P
             load(other, adapter=adapter)
     with pytest.raises(SpecError, match=r"base: is no adapter; a folder with adapter_config\.json"):
         load(taught.tuned, adapter=taught.base)
+    asked_for = []
+    read = AutoModelForCausalLM.from_pretrained
+
+    def noted(name: str, **options: Any) -> Any:
+        asked_for.append(options["revision"])
+        return read(name, **options)
+
+    weights = weights_fingerprint(ModelSpec(from_pretrained=str(taught.tuned)))
+    origin = {"model": str(taught.tuned), "revision": "1234abcd", "weights": weights}
+    (adapter / "ernie_dist.json").write_text(json.dumps({"base": origin}))
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
+        load(adapter)
+        load(shutil.copytree(taught.tuned, tmp_path / "elsewhere"), adapter=adapter)
+    assert asked_for == ["1234abcd", "main"], "the commit that it was trained on"
+    with pytest.raises(SpecError, match=r"adapter: is an adapter of .*tuned, and .*base holds other weights"):
+        load(taught.base, adapter=adapter)
+    (adapter / "ernie_dist.json").unlink()
+
