@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +21,10 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from ernie_dist.data.render import control_tokens, is_control
-from ernie_dist.spec.errors import DataError, SpecError
+from ernie_dist.data.documents import Turn
+from ernie_dist.data.render import LAST_ANSWER, ChatFrame, control_tokens, is_control
+from ernie_dist.data.tokenizer import chat_frame
+from ernie_dist.spec.errors import DataError, EnvironmentProblem, SpecError
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": ...}"""
@@ -89,6 +92,9 @@ class ChatModel:
         self._stops = _stop_ids(model, tokenizer)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         added = tokenizer.added_tokens_decoder
+        self._frame: ChatFrame | None = None
+        with suppress(DataError):  # a template that cannot be trained on can be asked with
+            self._frame = chat_frame(tokenizer)
         self._control = control_tokens(added.values())
         controls = {number for number, token in added.items() if is_control(token.content, token.special)}
         self._unsaid = controls | set(self._stops)
@@ -112,8 +118,7 @@ class ChatModel:
             )
         _check_turns(messages)
         self._check_contents(messages)
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = [token for text in self._segments(messages) for token in self._tokens(text)]
         if len(ids) + max_new_tokens > self.context:
             raise PromptTooLong(
                 f"the prompt has {len(ids):,} tokens, and with {max_new_tokens:,} for the answer that is more than the "
@@ -125,6 +130,17 @@ class ChatModel:
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling = Sampling(),
+    def _segments(self, messages: Sequence[Message]) -> list[str]:
+        """As training cuts a conversation before it is tokenised, so that earlier answers have the tokens they had."""
+        if self._frame is None:
+            return [self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)]
+        said = [Turn(message["role"], message["content"], False) for message in messages]
+        segments = self._frame.segments((*said, Turn("assistant", "", True)))
+        return [text for text, _ in segments[: [value for _, value in segments].index(LAST_ANSWER)]]
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
         *,
         batch_size: int = 32,
         progress: Callable[[int], object] = lambda done: None,

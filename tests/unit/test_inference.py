@@ -1,5 +1,6 @@
 """A model folder answers: streamed as in a batch, and what cannot be asked or loaded is refused in one line."""
 
+import copy
 import json
 import shutil
 import threading
@@ -11,6 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ernie_dist.data.documents import Turn
+from ernie_dist.data.tokenizer import give_template
+from ernie_dist.evaluate.questions import Renderer
 from ernie_dist.inference import ChatModel, Sampling, generate
 from ernie_dist.loading import load
 from ernie_dist.model.base_weights import weights_fingerprint
@@ -53,6 +57,25 @@ def test_chance_is_repeatable_and_streams_as_it_answers(tuned: ChatModel) -> Non
         whole = tuned.answers([tuned.prompt(asked("你好"))], how)[0]
         assert "".join(tuned.stream(asked("你好"), how)) == whole.text
     other = Sampling(max_new_tokens=40, temperature=3.0, top_k=50, seed=3)
+def test_earlier_answers_have_the_tokens_that_training_gives_them(tuned: ChatModel, shared_tokenizer: Path) -> None:
+    tokenizer = give_template(AutoTokenizer.from_pretrained(shared_tokenizer))
+    said = [
+        ("system", "x"),
+        ("user", "你好"),
+        ("assistant", "根据规定，可以。"),
+        ("user", "Why?"),
+        ("assistant", "The law."),
+    ]
+    turns = [Turn(role, text, role == "assistant") for role, text in [*said, ("user", "好"), ("assistant", "是")]]
+    ids, mask = Renderer(tokenizer, "real").encode(tuple(turns))
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns[:-1]]
+    prompt = ChatModel(copy.copy(tuned.model), tokenizer, "real").prompt(messages)
+    assert prompt == ids[: list(mask).index(2)].tolist()
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt != tokenizer(text, add_special_tokens=False)["input_ids"], "as a whole, it merges over the joints"
+    assert tokenizer.decode(prompt) == tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
     assert "".join(tuned.stream(asked("你好"), other)) != whole.text
 
 
