@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ernie_dist.data.documents import Turn
 from ernie_dist.data.tokenizer import give_template
@@ -43,6 +43,12 @@ def test_an_answer_is_the_same_alone_in_a_batch_streamed_and_in_plain_transforme
         pieces = list(tuned.stream(asked(question)))
         assert "".join(pieces) == answer and "�" not in answer
         assert len(pieces) > len(answer) / 4, "it comes piece by piece"
+    beside = tuned.answers([[5] * 250, tuned.prompt(asked(question))])
+    assert beside[0].tokens <= 6 < beside[1].tokens, "an answer ends where its own context does, not its neighbour's"
+    assert beside[1].text == answer
+    insistent = copy.copy(tuned.model)
+    insistent.generation_config = GenerationConfig(num_beams=3, no_repeat_ngram_size=1, eos_token_id=2, max_length=9)
+    assert "".join(ChatModel(insistent, tuned.tokenizer, "x").stream(asked(question))) == answer
     plain, tokenizer = (kind.from_pretrained(taught.tuned) for kind in (AutoModelForCausalLM, AutoTokenizer))
     given = tokenizer.apply_chat_template(
         asked(questions[0]), add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -51,12 +57,6 @@ def test_an_answer_is_the_same_alone_in_a_batch_streamed_and_in_plain_transforme
     assert tokenizer.decode(ids, skip_special_tokens=True) == taught.answers[questions[0]]
 
 
-def test_chance_is_repeatable_and_streams_as_it_answers(tuned: ChatModel) -> None:
-    for seed in (1, 2):
-        how = Sampling(max_new_tokens=40, temperature=3, top_k=50, seed=seed)
-        whole = tuned.answers([tuned.prompt(asked("你好"))], how)[0]
-        assert "".join(tuned.stream(asked("你好"), how)) == whole.text
-    other = Sampling(max_new_tokens=40, temperature=3.0, top_k=50, seed=3)
 def test_earlier_answers_have_the_tokens_that_training_gives_them(tuned: ChatModel, shared_tokenizer: Path) -> None:
     tokenizer = give_template(AutoTokenizer.from_pretrained(shared_tokenizer))
     said = [
@@ -76,6 +76,12 @@ def test_earlier_answers_have_the_tokens_that_training_gives_them(tuned: ChatMod
     assert tokenizer.decode(prompt) == tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def test_chance_is_repeatable_and_streams_as_it_answers(tuned: ChatModel) -> None:
+    for seed in (1, 2):
+        how = Sampling(max_new_tokens=40, temperature=3, top_k=50, seed=seed)
+        whole = tuned.answers([tuned.prompt(asked("你好"))], how)[0]
+        assert "".join(tuned.stream(asked("你好"), how)) == whole.text
+    other = Sampling(max_new_tokens=40, temperature=3.0, top_k=50, seed=3)
     assert "".join(tuned.stream(asked("你好"), other)) != whole.text
 
 
@@ -95,7 +101,7 @@ def test_whoever_leaves_a_stream_ends_the_generation_and_others_wait_their_turn(
     assert time.monotonic() - started < 30
 
 
-def test_what_cannot_be_asked_is_refused_in_one_line(tuned: ChatModel) -> None:
+def test_what_cannot_be_asked_is_refused_in_one_line(tuned: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     turn = {role: {"role": role, "content": "x"} for role in ("system", "user", "assistant", "tool")}
     for wrong in ([], ["assistant"], ["user", "user"], ["user", "assistant"], ["user", "system", "user"], ["tool"]):
         with pytest.raises(DataError, match="expected user and assistant in turn, a user last"):
@@ -108,7 +114,15 @@ def test_what_cannot_be_asked_is_refused_in_one_line(tuned: ChatModel) -> None:
     with pytest.raises(DataError, match=rf"the prompt has {length} tokens, and with {257 - length} for the answer"):
         tuned.prompt(asked("x"), 257 - length)
     assert len(tuned.prompt(asked("x"), 256 - length)) == length
-    assert tuned.answers([[5] * 250], Sampling(temperature=9.0))[0].tokens <= 6, "an answer ends where the context does"
+    with pytest.raises(SpecError, match="seed is 18446744073709551616, expected between 0"):
+        Sampling(seed=1 << 64)
+
+    def full(**_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(tuned.model, "generate", full)
+    with pytest.raises(EnvironmentProblem, match=r"the memory of cpu is too small for 1 at once, .*; shorten the conv"):
+        list(tuned.stream(asked("x")))
 
 
 def test_control_tokens_that_somebody_typed_are_refused_and_never_said(tuned: ChatModel) -> None:
@@ -168,16 +182,6 @@ def test_an_adapter_answers_on_its_base_and_on_no_other(
         assert generate(found, question, max_new_tokens=20) == expected
         assert str(adapter) in found.name
 
-    narrow, short = (json.loads((taught.tuned / "config.json").read_text()) for _ in range(2))
-    narrow["hidden_size"], short["num_hidden_layers"] = 32, 1
-    for name, config in (("narrow", narrow), ("short", short)):
-        other = shutil.copytree(taught.tuned, tmp_path / name)
-        (other / "config.json").write_text(json.dumps(config))
-        AutoModelForCausalLM.from_config(type(base.config).from_pretrained(other)).save_pretrained(other)
-        with pytest.raises(SpecError, match=rf"adapter: does not fit .*{name}: .*; put it on the base it was trained"):
-            load(other, adapter=adapter)
-    with pytest.raises(SpecError, match=r"base: is no adapter; a folder with adapter_config\.json"):
-        load(taught.tuned, adapter=taught.base)
     asked_for = []
     read = AutoModelForCausalLM.from_pretrained
 
@@ -197,3 +201,13 @@ def test_an_adapter_answers_on_its_base_and_on_no_other(
         load(taught.base, adapter=adapter)
     (adapter / "ernie_dist.json").unlink()
 
+    narrow, short = (json.loads((taught.tuned / "config.json").read_text()) for _ in range(2))
+    narrow["hidden_size"], short["num_hidden_layers"] = 32, 1
+    for name, config in (("narrow", narrow), ("short", short)):
+        other = shutil.copytree(taught.tuned, tmp_path / name)
+        (other / "config.json").write_text(json.dumps(config))
+        AutoModelForCausalLM.from_config(type(base.config).from_pretrained(other)).save_pretrained(other)
+        with pytest.raises(SpecError, match=rf"adapter: does not fit .*{name}: .*; put it on the base it was trained"):
+            load(other, adapter=adapter)
+    with pytest.raises(SpecError, match=r"base: is no adapter; a folder with adapter_config\.json"):
+        load(taught.tuned, adapter=taught.base)
