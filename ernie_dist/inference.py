@@ -162,7 +162,7 @@ class ChatModel:
             out = self._generate(ids, mask, sampling, seed=sampling.seed + first)
             # Padding has no positions: each has the room that it has alone.
             rows = zip(batch, out[:, width:].tolist(), strict=True)
-            found += [self._answer(row[: self.context - len(prompt)]) for prompt, row in rows]
+            found += [self._answer(row[: max(self.context - len(prompt), 0)]) for prompt, row in rows]
             progress(len(batch))
         return found
 
