@@ -132,11 +132,13 @@ class ChatModel:
 
     def _segments(self, messages: Sequence[Message]) -> list[str]:
         """As training cuts a conversation before it is tokenised, so that earlier answers have the tokens they had."""
+        whole = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         if self._frame is None:
-            return [self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)]
+            return [whole]
         said = [Turn(message["role"], message["content"], False) for message in messages]
         segments = self._frame.segments((*said, Turn("assistant", "", True)))
-        return [text for text, _ in segments[: [value for _, value in segments].index(LAST_ANSWER)]]
+        texts = [text for text, _ in segments[: [value for _, value in segments].index(LAST_ANSWER)]]
+        return texts if "".join(texts) == whole else [whole]  # some templates leave out what an earlier answer thought
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
