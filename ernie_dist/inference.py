@@ -8,11 +8,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import (
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -20,8 +22,10 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from ernie_dist.data.render import control_tokens, is_control
-from ernie_dist.spec.errors import DataError, SpecError
+from ernie_dist.data.documents import Turn
+from ernie_dist.data.render import LAST_ANSWER, ChatFrame, control_tokens, is_control
+from ernie_dist.data.tokenizer import chat_frame
+from ernie_dist.spec.errors import DataError, EnvironmentProblem, SpecError
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": ...}"""
@@ -52,19 +56,20 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("repetition_penalty", 0 < self.repetition_penalty <= 10, "above 0 and at most 10"),
+            ("seed", 0 <= self.seed < 1 << 63, "between 0 and 2^63 - 1"),
         ):
             if not fits:
                 raise SpecError(f"{name} is {getattr(self, name)}, expected {wanted}")
 
     def arguments(self) -> dict[str, Any]:
-        """For `generate`, every one named: what a model's own generation config says does not count."""
+        """For `generate`."""
         # transformers takes no 1 for 1.0, nor a slider's 5.0 for 5
         chance = {"temperature": float(self.temperature), "top_p": float(self.top_p), "top_k": int(self.top_k)}
         return {
             "max_new_tokens": int(self.max_new_tokens),
             "do_sample": self.temperature > 0,
             "repetition_penalty": float(self.repetition_penalty),
-            **(chance if self.temperature > 0 else {"temperature": None, "top_p": None, "top_k": None}),
+            **(chance if self.temperature > 0 else {}),
         }
 
 
@@ -87,7 +92,12 @@ class ChatModel:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
         self._stops = _stop_ids(model, tokenizer)
+        self._frame: ChatFrame | None = None
+        with suppress(DataError):  # a template that cannot be trained on can be asked with
+            self._frame = chat_frame(tokenizer)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        # Beams, penalties and what else a model's own config asks for do not count.
+        model.generation_config = GenerationConfig(eos_token_id=self._stops, pad_token_id=self._pad)
         added = tokenizer.added_tokens_decoder
         self._control = control_tokens(added.values())
         controls = {number for number, token in added.items() if is_control(token.content, token.special)}
@@ -112,14 +122,26 @@ class ChatModel:
             )
         _check_turns(messages)
         self._check_contents(messages)
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = [token for text in self._segments(messages) for token in self._tokens(text)]
         if len(ids) + max_new_tokens > self.context:
             raise PromptTooLong(
                 f"the prompt has {len(ids):,} tokens, and with {max_new_tokens:,} for the answer that is more than the "
                 f"{self.context:,} positions of {self.name}; shorten the conversation"
             )
         return ids
+
+    def _segments(self, messages: Sequence[Message]) -> list[str]:
+        """As training cuts a conversation before it is tokenised, so that earlier answers have the tokens they had."""
+        whole = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        if self._frame is None:
+            return [whole]
+        said = [Turn(message["role"], message["content"], False) for message in messages]
+        segments = self._frame.segments((*said, Turn("assistant", "", True)))
+        texts = [text for text, _ in segments[: [value for _, value in segments].index(LAST_ANSWER)]]
+        return texts if "".join(texts) == whole else [whole]  # some templates leave out what an earlier answer thought
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def answers(
         self,
@@ -140,13 +162,16 @@ class ChatModel:
             ids = torch.tensor([[self._pad] * (width - len(prompt)) + list(prompt) for prompt in batch])
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
             out = self._generate(ids, mask, sampling, seed=sampling.seed + first)
-            found += [self._answer(row) for row in out[:, width:].tolist()]
+            # Padding has no positions: each has the room that it has alone.
+            rows = zip(batch, out[:, width:].tolist(), strict=True)
+            found += [self._answer(row[: max(self.context - len(prompt), 0)]) for prompt, row in rows]
             progress(len(batch))
         return found
 
     def stream(self, messages: Sequence[Message], sampling: Sampling = Sampling()) -> Stream:
         """The answer in pieces of text, as it comes; joined, what `answers` gives, and that is what it returns at its
-        end. Leaving it ends the generation. Raises what `prompt` raises, before the first piece.
+        end. A piece is empty where a token has nothing to show. Leaving it ends the generation. Raises what `prompt`
+        raises, before the first piece.
         """
         return self._stream(torch.tensor([self.prompt(messages)]), sampling)
 
@@ -171,9 +196,9 @@ class ChatModel:
             for token in tokens:
                 so_far.append(token)
                 text = self._text(so_far)
-                if text.startswith(said) and len(text) > len(said):
-                    yield text[len(said) :]
-                    said = text
+                new = text[len(said) :] if text.startswith(said) else ""
+                said += new
+                yield new
         finally:
             left.set()
             thread.join()
@@ -191,19 +216,24 @@ class ChatModel:
         streamer: BaseStreamer | None = None,
         left: threading.Event | None = None,
     ) -> torch.Tensor:
-        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, self.context - ids.shape[1]))
-        with self._turn, torch.no_grad():
-            torch.manual_seed(seed)
-            return self.model.generate(
-                input_ids=ids.to(self.model.device),
-                attention_mask=mask.to(self.model.device),
-                eos_token_id=self._stops,
-                pad_token_id=self._pad,
-                streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([_Left(left)] if left else []),
-                use_cache=True,
-                **sampling.arguments(),
-            )
+        room = self.context - int(mask.sum(1).min())
+        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+        try:
+            with self._turn, torch.no_grad():
+                torch.manual_seed(seed)
+                return self.model.generate(
+                    input_ids=ids.to(self.model.device),
+                    attention_mask=mask.to(self.model.device),
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([_Left(left)] if left else []),
+                    use_cache=True,
+                    **sampling.arguments(),
+                )
+        except torch.OutOfMemoryError:
+            raise EnvironmentProblem(
+                f"{self.name}: the memory of {self.model.device} is too small for {len(ids)} at once, with prompts of "
+                f"up to {ids.shape[1]:,} tokens; shorten the conversation, ask fewer at once, or take bf16"
+            ) from None
 
     def _answer(self, ids: list[int]) -> Answer:
         end = next((at for at, token in enumerate(ids) if token in self._stops), None)
@@ -238,6 +268,14 @@ def generate(
     prompts = [model.prompt(one) for one in conversations]
     texts = [answer.text for answer in model.answers(prompts, how, batch_size=batch_size)]
     return texts if many else texts[0]
+
+
+def next_piece(stream: Stream) -> str | Answer:
+    """The next piece of an answer that is streamed; after the last one, the answer."""
+    try:
+        return next(stream)
+    except StopIteration as end:
+        return end.value
 
 
 class _Tokens(BaseStreamer):

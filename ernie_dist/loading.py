@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ernie_dist.data.tokenizer import give_template
 from ernie_dist.inference import ChatModel
 from ernie_dist.model.base_weights import weights_fingerprint
-from ernie_dist.spec.errors import ErnieError, SpecError
+from ernie_dist.spec.errors import EnvironmentProblem, ErnieError, SpecError
 from ernie_dist.spec.run_files import EXPORTED
 from ernie_dist.spec.training import ModelSpec
 
@@ -38,21 +39,34 @@ def load(
     name = str(folder) if folder.is_dir() else str(model)
     if not folder.is_dir() and (Path(model).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise SpecError(f"{model}: no such model folder; give a folder, a run directory or a hub id")
+    known = _exported_base(Path(adapter)) if adapter is not None else {}
+    revision = known.get("revision") if name == known.get("model") else None
     device = _usable(device)
     if dtype not in (None, *_DTYPES):
         raise SpecError(f"dtype is {dtype}, expected {', '.join(_DTYPES)}")
     wanted = _DTYPES[dtype or ("bf16" if device.type == "cuda" else "fp32")]
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            name, dtype=wanted, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+            name,
+            revision=revision or "main",
+            dtype=wanted,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
         )
     except (OSError, ValueError, TypeError) as error:
         raise SpecError(f"{name}: cannot be loaded: {_first_line(error)}; give a transformers folder") from error
     if adapter is not None:
+        _refuse_other_base(Path(adapter), known, name, revision)
         loaded = _with_adapter(loaded, Path(adapter), name)
-    tokenizer = _tokenizer(Path(adapter) if adapter is not None else None, name)
+    tokenizer = _tokenizer(Path(adapter) if adapter is not None else None, name, revision)
     shown = f"{name} + {adapter}" if adapter is not None else name
-    return ChatModel(loaded.to(device), tokenizer, shown)
+    try:
+        return ChatModel(loaded.to(device), tokenizer, shown)
+    except torch.OutOfMemoryError:
+        raise EnvironmentProblem(
+            f"{shown}: does not fit into the memory of {device} as it is; give a smaller dtype, another device, or cpu"
+        ) from None
 
 
 def _usable(device: str | None) -> torch.device:
@@ -94,7 +108,6 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, base: str) -> PreTraine
     weights = adapter / "adapter_model.safetensors"
     if not (adapter / "adapter_config.json").is_file() or not weights.is_file():
         raise SpecError(f"{adapter}: is no adapter; a folder with adapter_config.json and {weights.name} is one")
-    _refuse_other_base(adapter, base)
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
         with safe_open(weights, "pt") as file:
@@ -106,20 +119,24 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, base: str) -> PreTraine
     return adapted  # type: ignore[return-value]
 
 
-def _refuse_other_base(adapter: Path, base: str) -> None:
-    """Of an adapter that was exported here it is known which weights it belongs to, and shapes do not tell."""
-    known = None
+def _exported_base(adapter: Path) -> dict[str, Any]:
+    """Which weights an adapter that was exported here belongs to; empty for any other."""
     with suppress(OSError, ValueError):
-        known = json.loads((adapter / EXPORTED).read_text(encoding="utf-8")).get("base")
-    if known and weights_fingerprint(ModelSpec(from_pretrained=base)) != known["weights"]:
+        return json.loads((adapter / EXPORTED).read_text(encoding="utf-8")).get("base") or {}
+    return {}
+
+
+def _refuse_other_base(adapter: Path, known: dict[str, Any], base: str, revision: str | None) -> None:
+    """Shapes do not tell."""
+    if known and weights_fingerprint(ModelSpec(from_pretrained=base, revision=revision)) != known["weights"]:
         raise SpecError(f"{adapter}: is an adapter of {known['model']}, and {base} holds other weights; give its base")
 
 
-def _tokenizer(adapter: Path | None, base: str) -> PreTrainedTokenizerBase:
+def _tokenizer(adapter: Path | None, base: str, revision: str | None) -> PreTrainedTokenizerBase:
     own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     name = str(adapter) if own else base
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise SpecError(
             f"{name}: no tokenizer can be loaded: {_first_line(error)}; put its files beside the weights"

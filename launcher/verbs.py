@@ -153,17 +153,16 @@ def serve(options: Namespace) -> None:
 
     auth = read_auth(options.auth)
     check_host(options.host, auth)
-    from ernie_dist.serve.server import Page
+    from ernie_dist.serve.server import Defaults, listen
     from ernie_dist.serve.server import serve as run
 
-    page = None
-    if not options.api_only:
-        page = Page(_sampling(options), options.system, Path(options.feedback))
+    defaults = Defaults(_sampling(options), options.system)
+    listening = listen(options.host, options.port)  # a model may take minutes to load
     models = [_model(options.model, options)]
     if options.against:
         options.adapter = None
         models.insert(0, _model(options.against, options))
-    run(models, page, host=options.host, port=options.port, auth=auth)
+    run(models, defaults, listening, feedback=None if options.api_only else Path(options.feedback), auth=auth)
 
 
 def _sampling(options: Namespace, **more: Any) -> Any:

@@ -153,16 +153,13 @@ def _special(tokenizer: Any) -> dict[str, int]:
 
 def publish(tokenizer: Any, root: Path) -> PublishedTokenizer:
     """A tokenizer that transformers has loaded, and what a worker needs to know of it. Raises DataError."""
-    special = _special(give_template(tokenizer))
+    frame = chat_frame(give_template(tokenizer))
     if tokenizer.eos_token_id is None:
         raise DataError(
             "tokenizer: it names no eos_token, so no document would have an end; add one to its tokenizer_config.json"
         )
-    frame = None
-    if tokenizer.chat_template:
-        frame = ChatFrame.derive(_template_of(tokenizer), special.__contains__)
     stop_id = tokenizer.eos_token_id
-    end_of_turn = special[frame.closing.strip()] if frame else stop_id
+    end_of_turn = _special(tokenizer)[frame.closing.strip()] if frame else stop_id
 
     aside = root / f".publishing-{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
@@ -185,6 +182,13 @@ def publish(tokenizer: Any, root: Path) -> PublishedTokenizer:
     published = load_published(root, fingerprint)
     assert published is not None
     return published
+
+
+def chat_frame(tokenizer: Any) -> ChatFrame | None:
+    """What its chat template writes around contents; None without one. Raises DataError if it cannot be trained on."""
+    if not tokenizer.chat_template:
+        return None
+    return ChatFrame.derive(_template_of(tokenizer), _special(tokenizer).__contains__)
 
 
 def _template_of(tokenizer: Any) -> Callable[[list[dict[str, str]], bool], str]:

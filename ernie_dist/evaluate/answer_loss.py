@@ -14,6 +14,8 @@ from ernie_dist.inference import ChatModel
 
 _LOGITS = 1 << 26
 """made at a time: 256 MiB in fp32"""
+_OURS = ("ernie4_5", "ernie4_5_moe")
+"""models whose logits are lm_head(hidden), and nothing more"""
 
 
 @torch.no_grad()
@@ -39,12 +41,16 @@ def answer_losses(chat: ChatModel, rows: Sequence[Rendered]) -> tuple[np.ndarray
 def losses_of(chat: ChatModel, ids_BT: torch.Tensor, labels_BT: torch.Tensor, **inputs: object) -> torch.Tensor:
     """-log p(label) of every position, float64 [B, T], 0 where there is no label."""
     model = causal_model(chat)
-    hidden_BTD = model.model(input_ids=ids_BT, use_cache="past_key_values" in inputs, **inputs).last_hidden_state
+    given = {"input_ids": ids_BT, "use_cache": "past_key_values" in inputs, **inputs}
     labelled = labels_BT != IGNORED
-    hidden_ND, labels_N = hidden_BTD[labelled], labels_BT[labelled]
-    at_once = max(1, _LOGITS // model.lm_head.weight.shape[0])
-    parts = zip(hidden_ND.split(at_once), labels_N.split(at_once), strict=True)
-    found = [cross_entropy(model.lm_head(hidden).float(), labels, reduction="none") for hidden, labels in parts]
+    labels_N = labels_BT[labelled]
+    if model.config.model_type in _OURS:
+        head, found_ND = model.lm_head, model.model(**given).last_hidden_state[labelled]
+    else:  # others scale or cap their logits
+        head, found_ND = torch.nn.Identity(), model(**given).logits[labelled]
+    at_once = max(1, _LOGITS // model.config.get_text_config().vocab_size)
+    parts = zip(found_ND.split(at_once), labels_N.split(at_once), strict=True)
+    found = [cross_entropy(head(part).float(), labels, reduction="none") for part, labels in parts]
     losses_BT = torch.zeros(labels_BT.shape, dtype=torch.float64, device=labels_BT.device)
     losses_BT[labelled] = torch.cat(found).double()
     return losses_BT
@@ -60,7 +66,7 @@ def label_scores(chat: ChatModel, asked: Sequence[Rendered]) -> np.ndarray:
     prompt = asked[0].prompt
     device, size = chat.model.device, len(prompt)
     # The last token of the prompt predicts the first of the answer: it is read with each answer.
-    begun = causal_model(chat).model(torch.from_numpy(prompt[None, :-1]).to(device), use_cache=True)
+    begun = causal_model(chat)(torch.from_numpy(prompt[None, :-1]).to(device), use_cache=True, logits_to_keep=1)
     cache = begun.past_key_values
     cache.batch_repeat_interleave(len(asked))
     longest = max(len(row.ids) for row in asked) - size + 1

@@ -41,7 +41,8 @@ def export_model(job: ResolvedJob, checkpoint: Path | None, to: Path, *, adapter
     origin["format"] = job.format
     if adapter_only:
         spec = job.spec.model
-        origin["base"] = {"model": spec.from_pretrained, "weights": weights_fingerprint(spec)}
+        weights = weights_fingerprint(spec)
+        origin["base"] = {"model": spec.from_pretrained, "revision": spec.revision, "weights": weights}
     else:
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,

@@ -1,11 +1,13 @@
-"""Who may come in: a password before every path, and no public address without one."""
+"""Who may come in: a password before every path, no public address without one, and no page of another origin."""
 
 from __future__ import annotations
 
 import base64
 import hmac
 import ipaddress
+import json
 import os
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -42,22 +44,26 @@ def read_auth(file: str | None) -> tuple[str, str] | None:
 
 def check_host(host: str, auth: tuple[str, str] | None) -> None:
     """Raises SpecError for an address that others can reach, without a password."""
-    try:
-        here = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        here = host == "localhost"
-    if not here and auth is None:
+    if auth is None and not _is_local(host):
         raise SpecError(
             f"--host {host}: others can reach it, and there is no password; put USER:PASSWORD into a file and name it "
             f"with --auth, or into the variable {VARIABLE}; or stay with 127.0.0.1"
         )
 
 
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class Gate:
     """ASGI middleware around the whole application: password first, then a content policy on what goes out.
 
-    The password comes as HTTP Basic, which browsers ask for, or as `Authorization: Bearer PASSWORD`, which clients of
-    OpenAI's API send as their key.
+    What a page of another origin makes a browser ask is refused; without a password, so is every name but this
+    machine's own, since such a page can have its name point here (DNS rebinding). The password comes as HTTP Basic,
+    which browsers ask for, or as `Authorization: Bearer PASSWORD`, which clients of OpenAI's API send as their key.
     """
 
     def __init__(self, app: _App, auth: tuple[str, str] | None) -> None:
@@ -72,17 +78,27 @@ class Gate:
                 message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY)]
             await send(message)
 
-        if scope["type"] == "lifespan" or self._known(dict(scope["headers"]).get(b"authorization", b"")):
+        refused = None if scope["type"] == "lifespan" else self._refused(dict(scope["headers"]))
+        if refused is None:
             await self._app(scope, receive, with_policy)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            headers = [
-                (b"www-authenticate", b'Basic realm="ernie", charset="UTF-8"'),
-                (b"content-type", b"application/json"),
-            ]
-            await send({"type": "http.response.start", "status": 401, "headers": headers})
-            await send({"type": "http.response.body", "body": b'{"error": {"message": "a password is needed"}}'})
+            status, reason = refused
+            headers = [(b"content-type", b"application/json")]
+            if status == 401:
+                headers.append((b"www-authenticate", b'Basic realm="ernie", charset="UTF-8"'))
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": json.dumps({"error": {"message": reason}}).encode()})
 
-    def _known(self, given: bytes) -> bool:
-        return not self._keys or any(hmac.compare_digest(given, key) for key in self._keys)
+    def _refused(self, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
+        """Status and reason; None for a request that may come in."""
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        if self._keys and not any(hmac.compare_digest(headers.get(b"authorization", b""), key) for key in self._keys):
+            return 401, "a password is needed"
+        if not self._keys and not _is_local(re.sub(r":\d+$", "", host).strip("[]")):
+            return 403, f"asked for as {host!r}: without a password only localhost and 127.0.0.1 are answered"
+        if origin and origin.partition("://")[2] != host:
+            return 403, f"a page of {origin} may not ask {host}"
+        return None

@@ -12,6 +12,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -21,7 +22,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from ernie_dist.inference import Answer, ChatModel, Message, Sampling, Stream
+from ernie_dist.inference import Answer, ChatModel, Message, Sampling, Stream, next_piece
 from ernie_dist.spec.errors import DataError, ErnieError
 
 
@@ -66,24 +67,27 @@ class _Request(BaseModel):
     max_completion_tokens: int | None = None
     seed: int | None = Field(None, ge=0, lt=1 << 32)
 
-    def sampling(self) -> Sampling:
+    def sampling(self, defaults: Sampling) -> Sampling:
         """Raises SpecError for values out of range, DataError for fields that would change the answer."""
         said = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "stream_options"}
         extra = {name: value for name, value in (self.model_extra or {}).items() if name not in said}
         unknown = [name for name, value in extra.items() if value and not (name == "n" and value == 1)]
         if unknown:
             raise DataError(f"{', '.join(sorted(unknown))}: not supported here; leave it out")
-        length = self.max_completion_tokens or self.max_tokens
+        length = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         given = {
             **{name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")},
             "max_new_tokens": length,
             "seed": secrets.randbelow(1 << 32) if self.seed is None else self.seed,
         }
-        return Sampling(**{name: value for name, value in given.items() if value is not None})
+        return replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
 
-def add_api(app: FastAPI, models: Sequence[ChatModel]) -> None:
-    """Adds the routes. A request that names no model is answered by the last one."""
+def add_api(app: FastAPI, models: Sequence[ChatModel], defaults: Sampling, system: str) -> None:
+    """Adds the routes. A request that names no model is answered by the last one.
+
+    `defaults` (but for the seed) and the `system` prompt, if there is one, hold where a request says nothing.
+    """
     known = {model.name: model for model in models}
     since = int(time.time())
 
@@ -93,19 +97,23 @@ def add_api(app: FastAPI, models: Sequence[ChatModel]) -> None:
         return {"object": "list", "data": data}
 
     @app.post("/v1/chat/completions")
-    async def complete(asked: _Request) -> Response:
+    async def complete(asked: _Request, request: Request) -> Response:
         model = known.get(asked.model or models[-1].name)
         if model is None:
             return _error(404, f"model {asked.model} is not served here; there are {', '.join(known)}")
-        messages, sampling = [message.plain() for message in asked.messages], asked.sampling()
+        messages, sampling = [message.plain() for message in asked.messages], asked.sampling(defaults)
+        if system and (not messages or messages[0]["role"] != "system"):
+            messages.insert(0, {"role": "system", "content": system})
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model.name}
         prompt = await run_in_threadpool(model.prompt, messages)
+        generation = await run_in_threadpool(model.stream, messages, sampling)
         if asked.stream:
             options = asked.stream_options or _StreamOptions()
             usage = len(prompt) if options.include_usage else None
-            events = _events(model.stream(messages, sampling), head, usage)
-            return StreamingResponse(events, media_type="text/event-stream")
-        (answer,) = await run_in_threadpool(model.answers, [prompt], sampling)
+            return StreamingResponse(_events(generation, head, usage), media_type="text/event-stream")
+        answer = await _whole(generation, request)
+        if answer is None:
+            return _error(499, "the client went away")
         message = {"role": "assistant", "content": answer.text}
         choice = {"index": 0, "message": message, "finish_reason": _reason(answer)}
         return JSONResponse(
@@ -122,6 +130,17 @@ def add_api(app: FastAPI, models: Sequence[ChatModel]) -> None:
         return _error(400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
 
 
+async def _whole(generation: Stream, request: Request) -> Answer | None:
+    """None if the client went away, which ends the generation as the server's own end does."""
+    try:
+        while isinstance(piece := await run_in_threadpool(next_piece, generation), str):
+            if await request.is_disconnected():
+                return None
+        return piece
+    finally:
+        await _end(generation)
+
+
 async def _events(generation: Stream, head: dict[str, Any], prompt_tokens: int | None) -> AsyncIterator[str]:
     """Server-sent events. A client that goes away ends the generation."""
 
@@ -131,23 +150,23 @@ async def _events(generation: Stream, head: dict[str, Any], prompt_tokens: int |
 
     try:
         yield event({"role": "assistant", "content": ""})
-        while isinstance(piece := await run_in_threadpool(_next, generation), str):
-            yield event({"content": piece})
+        while isinstance(piece := await run_in_threadpool(next_piece, generation), str):
+            if piece:
+                yield event({"content": piece})
         yield event({}, _reason(piece))
         if prompt_tokens is not None:
             usage = _usage(prompt_tokens, piece)
             yield _event({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
         yield "data: [DONE]\n\n"
+    except ErnieError as error:  # the status has been sent
+        yield _event(_problem(str(error)))
     finally:
-        with anyio.CancelScope(shield=True):
-            await run_in_threadpool(generation.close)
+        await _end(generation)
 
 
-def _next(generation: Stream) -> str | Answer:
-    try:
-        return next(generation)
-    except StopIteration as end:
-        return end.value
+async def _end(generation: Stream) -> None:
+    with anyio.CancelScope(shield=True):
+        await run_in_threadpool(generation.close)
 
 
 def _event(value: dict[str, Any]) -> str:
@@ -163,5 +182,8 @@ def _usage(prompt: int, answer: Answer) -> dict[str, int]:
 
 
 def _error(status: int, message: str) -> Response:
-    body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return JSONResponse({"error": body}, status)
+    return JSONResponse(_problem(message), status)
+
+
+def _problem(message: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}

@@ -13,6 +13,9 @@ from ernie_dist.inference import ChatModel, Sampling
 from ernie_dist.serve.conversation import Conversation, append_row, training_row
 from ernie_dist.spec.errors import DataError, ErnieError, SpecError
 
+_UNPRINTED = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+"""control characters: in a terminal they move the cursor, or more"""
+
 _HELP = """\
   /reset            begin anew
   /system TEXT      give a system prompt and begin anew; without TEXT, take it away
@@ -24,6 +27,7 @@ _HELP = """\
 
 def chat(model: ChatModel, sampling: Sampling, system: str = "") -> None:
     """Reads questions from standard input until there are no more. With a pipe there, prints answers alone."""
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal of another encoding
     Console(model, sampling, system, read=_reader(), shows=sys.stdin.isatty()).run()
 
 
@@ -79,10 +83,9 @@ class Console:
         self._answers += 1
         sampling = replace(self._sampling, seed=self._sampling.seed + self._answers)
         try:
-            for piece in self._model.stream(messages, sampling):
-                conversation.hear(piece)
+            for piece in conversation.hear(messages, self._model.stream(messages, sampling)):
                 said += piece
-                print(piece, end="", flush=True)
+                print(piece.translate(_UNPRINTED), end="", flush=True)
         except KeyboardInterrupt:
             why = "it was stopped"
             print(" ...", end="")
@@ -115,7 +118,8 @@ class Console:
             raise SpecError("/save: name a file, as in /save chats.jsonl")
         path = Path(text).expanduser()
         append_row(path, training_row(self._conversation.messages))
-        return f"added to {path}"
+        cut = len(self._conversation.shown) - len(self._conversation.whole)
+        return f"added to {path}" + (f"; answers that were cut off, and are saved as they are: {cut}" if cut else "")
 
     def _say(self, text: str) -> None:
         if self._shows:

@@ -1,18 +1,20 @@
 """The turns of a chat: what of them still fits the context, and the rows of training data they make.
 
-Conversation --fitting--> messages for the model     Conversation --training_row--> {"messages": [...]}
+Conversation --fitting--> messages for the model --hear--> its next turn
+messages --training_row--> {"messages": [...]}
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ernie_dist.data.documents import BadRow, document_maker
-from ernie_dist.inference import ChatModel, Message, PromptTooLong
+from ernie_dist.inference import ChatModel, Message, PromptTooLong, Stream, next_piece
 from ernie_dist.spec.curriculum import SourceSpec
 from ernie_dist.spec.errors import DataError
 
@@ -26,6 +28,10 @@ class Conversation:
     system: str = ""
     turns: list[Message] = field(default_factory=list)
     """user, assistant, user, ...; a user last while an answer is awaited"""
+    shown: dict[int, list[Message]] = field(default_factory=dict)
+    """number of an answer's turn -> what the model saw of this when it gave the answer"""
+    whole: set[int] = field(default_factory=set)
+    """answers that the model ended itself; others were stopped, or cut off at their greatest length"""
 
     @property
     def messages(self) -> list[Message]:
@@ -36,18 +42,25 @@ class Conversation:
         return [{"role": "system", "content": self.system}] if self.system else []
 
     def until(self, turn: int) -> list[Message]:
-        """The messages up to turn number `turn`, which is the last of them."""
-        return [*self._first, *self.turns[: turn + 1]]
+        """What the model was shown, and its answer: turn number `turn`. Empty if that is no answer."""
+        return [*self.shown[turn], self.turns[turn]] if turn in self.shown else []
 
     def ask(self, question: str) -> None:
         self.settle()
         self.turns.append({"role": "user", "content": question})
 
-    def hear(self, piece: str) -> None:
-        """Adds to the answer of the last question."""
-        if self.turns[-1]["role"] == "user":
-            self.turns.append({"role": "assistant", "content": ""})
-        self.turns[-1]["content"] += piece
+    def hear(self, messages: list[Message], answer: Stream) -> Iterator[str]:
+        """The pieces of the answer to `messages`, each added to what was said."""
+        with closing(answer):
+            while isinstance(piece := next_piece(answer), str):
+                if piece and self.unanswered:
+                    self.shown[len(self.turns)] = messages
+                    self.turns.append({"role": "assistant", "content": ""})
+                if piece:
+                    self.turns[-1]["content"] += piece
+                yield piece
+        if piece.stopped and not self.unanswered:
+            self.whole.add(len(self.turns) - 1)
 
     @property
     def unanswered(self) -> bool:

@@ -1,4 +1,4 @@
-"""Thumbs up and down on answers, kept as rows that a job can train on.
+"""Thumbs up and down on answers, kept as rows that a job can train on: what the model saw, and what it said.
 
 FILE.jsonl               up: the conversation up to the answer, `conversation: messages`; only that answer counts
 FILE.down.jsonl          down: the same kind of row, to be mended by hand before it is trained on
@@ -11,10 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ernie_dist.serve.conversation import Conversation, append_row, training_row
+from ernie_dist.spec.errors import DataError
 
 
 def record(file: Path, sides: Sequence[Conversation], side: int, turn: int, *, liked: bool) -> list[Path]:
-    """Keeps what was thought of one side's turn number `turn`; returns the files written. Raises DataError."""
+    """Keeps what was thought of one side's turn number `turn`; returns the files written.
+
+    Raises DataError, among others for an answer that is liked and was cut off.
+    """
+    if liked and turn not in sides[side].whole:
+        raise DataError(
+            "not kept: this answer did not come to its end, because of Stop or max_new_tokens, and would teach the "
+            "model to end there; ask again, and let it end"
+        )
     liked_one = sides[side].until(turn)
     written = [file if liked else file.with_suffix(f".down{file.suffix}")]
     append_row(written[0], training_row(liked_one, last_only=True))

@@ -108,8 +108,7 @@ def _answerer(models: Sequence[ChatModel]) -> Callable[..., Iterator[Any]]:
                 messages, left_out = side.fitting(model, sampling.max_new_tokens)
                 if left_out:
                     gr.Info(f"the context is full: the oldest {left_out} questions and their answers are left out")
-                for piece in model.stream(messages, sampling):
-                    side.hear(piece)
+                for _ in side.hear(messages, model.stream(messages, sampling)):
                     yield "", sides, *_shown(sides)
                 if side.unanswered:
                     gr.Info(html.escape(f"{model.name} said nothing; ask in other words, or at another temperature"))

@@ -22,36 +22,46 @@ from ernie_dist.serve.api import add_api
 
 
 @dataclass(frozen=True)
-class Page:
-    """What the page begins with."""
+class Defaults:
+    """What the page begins with, and the API takes where a request says nothing."""
 
     sampling: Sampling
-    system: str
-    feedback: Path
-    """JSONL where answers with a thumb up go"""
+    system: str = ""
+    """the system prompt; empty: none"""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Port 0 is any that is free. Raises SpecError for an address that cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SpecError(f"--host {host} --port {port}: cannot listen there: {reason}; give another") from None
 
 
 def serve(
-    models: Sequence[ChatModel], page: Page | None, *, host: str, port: int, auth: tuple[str, str] | None
+    models: Sequence[ChatModel],
+    defaults: Defaults,
+    listening: socket.socket,
+    *,
+    feedback: Path | None,
+    auth: tuple[str, str] | None,
 ) -> None:
     """Serves until it is interrupted. Several models answer side by side, the last being the one that matters.
 
-    Without a page, only the API. Port 0 is any that is free. Raises SpecError for a port that is taken.
+    `feedback` is the JSONL where the page puts answers with a thumb up; without it there is no page, only the API.
     """
     app = FastAPI(title="ernie", docs_url=None, redoc_url=None, openapi_url=None)
-    add_api(app, models)
-    if page is not None:
+    add_api(app, models, defaults.sampling, defaults.system)
+    if feedback is not None:
         from ernie_dist.serve.page import add_page
 
-        add_page(app, models, page.sampling, page.system, page.feedback)
+        add_page(app, models, defaults.sampling, defaults.system, feedback)
     app.add_middleware(Gate, auth=auth)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listening = socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise SpecError(f"--host {host} --port {port}: cannot listen there: {error.strerror}; give another") from None
-    address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-    print(f"{address}{'' if page else '/v1'}  (Ctrl-C ends it)", flush=True)
+    host, port = listening.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"{address}{'' if feedback else '/v1'}  (Ctrl-C ends it)", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])

@@ -104,6 +104,7 @@ def test_ask_compare_and_teach(page: Page, served: Served, taught: Any, read_bac
     assert grown == sorted(grown) and len(set(grown)) > 10, "the answer comes piece by piece"
     expect(answers(page, 0)).not_to_have_text(taught.answers["讲个故事"])
     other = answers(page, 0).inner_text()
+    page.wait_for_function(SETTLED)  # until its end has come, an answer cannot be liked
 
     page.locator("#side-1 button[aria-label=Like]").click()
     expect(page.get_by_text("kept in")).to_be_visible()

@@ -104,7 +104,9 @@ def test_a_file_is_read_split_and_rendered_as_it_was_prepared(
     assert render(questions[0]).prompt.tolist() == prompt
 
 
-def test_answers_cost_what_training_counts(chat: ChatModel, questions: list[Question], place: Path) -> None:
+def test_answers_cost_what_training_counts(
+    chat: ChatModel, questions: list[Question], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The loss of a padded batch, row by row, is training's loss of each row alone."""
     rows = [Renderer(chat.tokenizer, chat.name)(question) for question in questions[:5]]
     trained = build_model(ModelSpec(**MODEL), 500, 0)
@@ -115,6 +117,8 @@ def test_answers_cost_what_training_counts(chat: ChatModel, questions: list[Ques
         with torch.no_grad():
             assert total == pytest.approx(summed_loss(trained.eval(), micro).item(), rel=1e-5)
         assert count == (row.labels != -100).sum()
+    monkeypatch.setattr("ernie_dist.evaluate.answer_loss._OURS", ())
+    assert answer_losses(chat, rows)[0] == pytest.approx(sums, rel=1e-5), "by another model's own logits"
 
 
 def test_a_label_scores_the_probability_of_that_answer(chat: ChatModel, questions: list[Question]) -> None:

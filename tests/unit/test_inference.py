@@ -1,5 +1,6 @@
 """A model folder answers: streamed as in a batch, and what cannot be asked or loaded is refused in one line."""
 
+import copy
 import json
 import shutil
 import threading
@@ -9,11 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from ernie_dist.data.documents import Turn
+from ernie_dist.data.tokenizer import give_template
+from ernie_dist.evaluate.questions import Renderer
 from ernie_dist.inference import ChatModel, Sampling, generate
 from ernie_dist.loading import load
-from ernie_dist.spec.errors import DataError, SpecError
+from ernie_dist.model.base_weights import weights_fingerprint
+from ernie_dist.spec.errors import DataError, EnvironmentProblem, SpecError
+from ernie_dist.spec.training import ModelSpec
 
 torch.set_num_threads(1)
 
@@ -37,12 +43,37 @@ def test_an_answer_is_the_same_alone_in_a_batch_streamed_and_in_plain_transforme
         pieces = list(tuned.stream(asked(question)))
         assert "".join(pieces) == answer and "�" not in answer
         assert len(pieces) > len(answer) / 4, "it comes piece by piece"
+    beside = tuned.answers([[5] * 250, tuned.prompt(asked(question))])
+    assert beside[0].tokens <= 6 < beside[1].tokens, "an answer ends where its own context does, not its neighbour's"
+    assert beside[1].text == answer
+    insistent = copy.copy(tuned.model)
+    insistent.generation_config = GenerationConfig(num_beams=3, no_repeat_ngram_size=1, eos_token_id=2, max_length=9)
+    assert "".join(ChatModel(insistent, tuned.tokenizer, "x").stream(asked(question))) == answer
     plain, tokenizer = (kind.from_pretrained(taught.tuned) for kind in (AutoModelForCausalLM, AutoTokenizer))
     given = tokenizer.apply_chat_template(
         asked(questions[0]), add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     ids = plain.generate(**given, max_new_tokens=100)[0, given["input_ids"].shape[1] :]
     assert tokenizer.decode(ids, skip_special_tokens=True) == taught.answers[questions[0]]
+
+
+def test_earlier_answers_have_the_tokens_that_training_gives_them(tuned: ChatModel, shared_tokenizer: Path) -> None:
+    tokenizer = give_template(AutoTokenizer.from_pretrained(shared_tokenizer))
+    said = [
+        ("system", "x"),
+        ("user", "你好"),
+        ("assistant", "根据规定，可以。"),
+        ("user", "Why?"),
+        ("assistant", "The law."),
+    ]
+    turns = [Turn(role, text, role == "assistant") for role, text in [*said, ("user", "好"), ("assistant", "是")]]
+    ids, mask = Renderer(tokenizer, "real").encode(tuple(turns))
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns[:-1]]
+    prompt = ChatModel(copy.copy(tuned.model), tokenizer, "real").prompt(messages)
+    assert prompt == ids[: list(mask).index(2)].tolist()
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt != tokenizer(text, add_special_tokens=False)["input_ids"], "as a whole, it merges over the joints"
+    assert tokenizer.decode(prompt) == tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def test_chance_is_repeatable_and_streams_as_it_answers(tuned: ChatModel) -> None:
@@ -70,7 +101,7 @@ def test_whoever_leaves_a_stream_ends_the_generation_and_others_wait_their_turn(
     assert time.monotonic() - started < 30
 
 
-def test_what_cannot_be_asked_is_refused_in_one_line(tuned: ChatModel) -> None:
+def test_what_cannot_be_asked_is_refused_in_one_line(tuned: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     turn = {role: {"role": role, "content": "x"} for role in ("system", "user", "assistant", "tool")}
     for wrong in ([], ["assistant"], ["user", "user"], ["user", "assistant"], ["user", "system", "user"], ["tool"]):
         with pytest.raises(DataError, match="expected user and assistant in turn, a user last"):
@@ -83,7 +114,15 @@ def test_what_cannot_be_asked_is_refused_in_one_line(tuned: ChatModel) -> None:
     with pytest.raises(DataError, match=rf"the prompt has {length} tokens, and with {257 - length} for the answer"):
         tuned.prompt(asked("x"), 257 - length)
     assert len(tuned.prompt(asked("x"), 256 - length)) == length
-    assert tuned.answers([[5] * 250], Sampling(temperature=9.0))[0].tokens <= 6, "an answer ends where the context does"
+    with pytest.raises(SpecError, match="seed is 18446744073709551616, expected between 0"):
+        Sampling(seed=1 << 64)
+
+    def full(**_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(tuned.model, "generate", full)
+    with pytest.raises(EnvironmentProblem, match=r"the memory of cpu is too small for 1 at once, .*; shorten the conv"):
+        list(tuned.stream(asked("x")))
 
 
 def test_control_tokens_that_somebody_typed_are_refused_and_never_said(tuned: ChatModel) -> None:
@@ -122,7 +161,9 @@ def test_a_folder_without_what_it_takes_says_what_is_missing(taught: Any, tmp_pa
         generate(load(bare), "你好")
 
 
-def test_an_adapter_answers_on_its_base_and_on_no_other(taught: Any, tmp_path: Path) -> None:
+def test_an_adapter_answers_on_its_base_and_on_no_other(
+    taught: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft import LoraConfig, get_peft_model
 
     base = AutoModelForCausalLM.from_pretrained(taught.tuned)
@@ -140,6 +181,25 @@ def test_an_adapter_answers_on_its_base_and_on_no_other(taught: Any, tmp_path: P
     for found in (load(taught.tuned, adapter=adapter), load(adapter)):  # the adapter names its base
         assert generate(found, question, max_new_tokens=20) == expected
         assert str(adapter) in found.name
+
+    asked_for = []
+    read = AutoModelForCausalLM.from_pretrained
+
+    def noted(name: str, **options: Any) -> Any:
+        asked_for.append(options["revision"])
+        return read(name, **options)
+
+    weights = weights_fingerprint(ModelSpec(from_pretrained=str(taught.tuned)))
+    origin = {"model": str(taught.tuned), "revision": "1234abcd", "weights": weights}
+    (adapter / "ernie_dist.json").write_text(json.dumps({"base": origin}))
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
+        load(adapter)
+        load(shutil.copytree(taught.tuned, tmp_path / "elsewhere"), adapter=adapter)
+    assert asked_for == ["1234abcd", "main"], "the commit that it was trained on"
+    with pytest.raises(SpecError, match=r"adapter: is an adapter of .*tuned, and .*base holds other weights"):
+        load(taught.base, adapter=adapter)
+    (adapter / "ernie_dist.json").unlink()
 
     narrow, short = (json.loads((taught.tuned / "config.json").read_text()) for _ in range(2))
     narrow["hidden_size"], short["num_hidden_layers"] = 32, 1

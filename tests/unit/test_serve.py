@@ -2,15 +2,20 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
+
+from ernie_dist.inference import Message, Sampling, Stream
 
 pytest.importorskip("fastapi")
 
@@ -85,6 +90,7 @@ def test_a_question_is_answered_whole_and_in_pieces(served: httpx.Client, taught
             "type image_url: this model reads text",
         ),
         ({"messages": "x"}, 400, "messages: Input should be a valid list"),
+        ({"max_tokens": 0}, 400, "max_new_tokens is 0, expected at least 1"),
         ({"temperature": -1}, 400, "temperature is -1.0, expected between 0 and 10"),
         ({"tools": [{}], "n": 2}, 400, "n, tools: not supported here"),
         ({"model": "gpt-4"}, 404, "model gpt-4 is not served here; there are "),
@@ -108,12 +114,100 @@ def test_a_client_that_goes_away_ends_its_answer(served: httpx.Client) -> None:
     assert time.monotonic() - started < 30
 
 
+class Endless:
+    """A model whose answer has no end, and nothing to show."""
+
+    name = "endless"
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.left = threading.Event()
+
+    def prompt(self, messages: list[Message]) -> list[int]:
+        return [1]
+
+    def stream(self, messages: list[Message], sampling: Sampling) -> Stream:
+        self.asked = [messages, sampling]
+        return self._stream()
+
+    def _stream(self) -> Stream:
+        try:
+            while True:
+                time.sleep(0.01)
+                yield ""
+        finally:
+            self.left.set()
+
+
+@pytest.mark.parametrize("goes", ["client", "server"])
+def test_a_whole_answer_ends_with_its_client_and_with_the_server(goes: str) -> None:
+    from fastapi import FastAPI
+
+    from ernie_dist.serve.api import add_api
+
+    app, model = FastAPI(), Endless()
+    add_api(app, [model], Sampling(temperature=0.5, max_new_tokens=7), "be brief")  # type: ignore[list-item]
+    body = json.dumps({"messages": [{"role": "user", "content": "你好"}], "top_k": 3}).encode()
+    requests = iter([{"type": "http.request", "body": body}])
+    gone = time.monotonic() + (0.5 if goes == "client" else 1e9)
+
+    async def receive() -> dict[str, Any]:
+        for request in requests:
+            return request
+        while time.monotonic() < gone:
+            await anyio.sleep(0.01)
+        return {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None:
+        pass
+
+    async def serve() -> None:
+        head = {"type": "http", "method": "POST", "path": CHAT, "query_string": b"", "scheme": "http"}
+        with anyio.move_on_after(60 if goes == "client" else 0.5) as waiting:
+            await app({**head, "headers": [(b"content-type", b"application/json")]}, receive, send)
+        assert waiting.cancelled_caught == (goes == "server")
+
+    anyio.run(serve)
+    assert model.left.is_set()
+    messages, sampling = model.asked
+    assert messages[0] == {"role": "system", "content": "be brief"}
+    assert (sampling.temperature, sampling.max_new_tokens, sampling.top_k) == (0.5, 7, 3)
+
+
+@pytest.mark.parametrize(
+    ("address", "origin", "status"),
+    [
+        ("127.0.0.1:7860", None, 200),
+        ("localhost", "http://localhost", 200),
+        ("[::1]:7860", "http://[::1]:7860", 200),
+        ("rebound.example:7860", "http://rebound.example:7860", 403),
+        ("127.0.0.1:7860", "https://elsewhere.example", 403),
+        ("127.0.0.1:7860", "null", 403),
+    ],
+)
+def test_without_a_password_only_this_machine_is_answered(address: str, origin: str | None, status: int) -> None:
+    from ernie_dist.serve.access import Gate
+
+    async def inside(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def get() -> int:
+        transport = httpx.ASGITransport(Gate(inside, None))
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{address}") as client:
+            return (await client.get("/", headers={"Origin": origin} if origin else {})).status_code
+
+    assert anyio.run(get) == status
+
+
 def test_nobody_comes_in_without_the_password(served: httpx.Client) -> None:
     for given in ({}, {"Authorization": "Bearer sesame"}, {"Authorization": "Basic bGk6"}):
         for path in ("/v1/models", "/", "/nothing"):
             response = httpx.get(f"{served.base_url}{path}", headers=given, trust_env=False)
             assert response.status_code == 401 and response.headers["www-authenticate"].startswith("Basic")
     assert httpx.get(f"{served.base_url}/v1/models", auth=("li", "开门 sesame"), trust_env=False).status_code == 200
+    elsewhere = served.get("/v1/models", headers={"Origin": "http://elsewhere.example"})
+    assert elsewhere.status_code == 403 and "may not ask" in elsewhere.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
@@ -128,5 +222,16 @@ def test_a_public_address_needs_a_password(host: str, capfd: Any, monkeypatch: A
     assert main(["serve", "no-model", "--host", host, "--auth", str(tmp_path / "auth")]) == 2
     assert "auth: does not hold one line USER:PASSWORD" in capfd.readouterr().err
     (tmp_path / "auth").write_text("li:secret\n")
-    assert main(["serve", "./no-model", "--host", host, "--auth", str(tmp_path / "auth"), "--api-only"]) == 2
-    assert "no such model folder" in capfd.readouterr().err
+    with_password = ["serve", "./no-model", "--host", host, "--auth", str(tmp_path / "auth"), "--port", "0"]
+    assert main(with_password) == 2
+    said = capfd.readouterr().err
+    assert "no such model folder" in said or "cannot listen there" in said  # 192.168.1.5 is not this machine
+
+
+def test_a_port_that_cannot_be_had_is_refused_before_a_model_is_loaded(capfd: Any) -> None:
+    from launcher.cli import main
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for port in ("99999", str(taken.getsockname()[1])):
+            assert main(["serve", "./no-model", "--port", port, "--api-only"]) == 2
+            assert f"--port {port}: cannot listen there: " in capfd.readouterr().err
