@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -275,7 +275,10 @@ def test_what_a_killed_save_left_behind_neither_blocks_nor_counts(run: Run) -> N
     assert Run(run.folder).restore().progress == again.progress
 
 
-def test_killed_at_any_file_of_a_save_the_checkpoint_before_is_used(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("alone", [False, True], ids=["after others", "in place of the only one"])
+def test_killed_at_any_file_of_a_save_there_is_a_checkpoint(
+    run: Run, monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
     """Every call that makes something visible on disk is the last one, in turn."""
 
     class Killed(BaseException):
@@ -291,21 +294,25 @@ def test_killed_at_any_file_of_a_save_the_checkpoint_before_is_used(run: Run, mo
         return call
 
     run.train(1)
+    if alone:
+        run.save()
+        for step in (2, 4):
+            shutil.rmtree(run.folder / f"step_{step:08d}")
     survived = 0
-    for at in range(30):
+    for at in range(40):
         calls: list[Any] = []
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, suppress(Killed):
             patch.setattr(os, "fsync", dying(os.fsync, at))
             patch.setattr(Path, "rename", dying(Path.rename, at))
-            try:
-                run.save()
-            except Killed:
-                assert Run(run.folder).restore().progress.step in (4, 5)
-                continue
-        survived = at
-        break
+            patch.setattr(shutil, "rmtree", dying(shutil.rmtree, at))
+            run.save()
+            survived = at
+        assert Run(run.folder).restore().progress.step in ((5,) if alone else (4, 5))
+        if survived:
+            break
     assert survived > 5, "the save was never interrupted"
     assert Run(run.folder).restore().progress == run.progress
+    assert not [path for path in run.folder.iterdir() if path.suffix], "nothing is left over"
 
 
 def test_training_goes_on_during_a_save_and_none_of_it_reaches_the_files(
