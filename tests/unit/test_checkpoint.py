@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ernie_dist.batch import Batch, Row, stack
 from ernie_dist.checkpoint import CheckpointStore, verify
@@ -29,7 +30,7 @@ from ernie_dist.spec.errors import CheckpointError, CheckpointWriteError
 from ernie_dist.spec.job import parse_job
 from ernie_dist.spec.resolve import PackedLength, ResolvedJob, ResolvedSource, ResolvedTokenizer, resolve
 from ernie_dist.spec.run_files import best_checkpoint, checkpoint_step, complete_checkpoints
-from ernie_dist.trusted_files import entry
+from ernie_dist.trusted_files import entry, write_state
 from ernie_dist.world import World
 
 torch.set_num_threads(1)
@@ -240,6 +241,23 @@ def test_another_engine_is_refused_with_both_named(run: Run) -> None:
         layout = replace(store.job.layout(1), precision=resolved)
         assert "cannot change" in said and f"go on with {layout}" in said
         assert torch.equal(here.weights(), before)
+
+
+def test_deepspeed_loads_no_adapter_of_other_names(tmp_path: Path) -> None:
+    from ernie_dist.engine.deepspeed import _Files
+
+    def adapted(name: str) -> nn.Module:
+        return nn.ModuleDict({"base": nn.Linear(2, 2).requires_grad_(False), name: nn.Linear(2, 2)})
+
+    files, module = _Files(adapted("lora_A")), adapted("lora_A")
+    files.save({"module": module.state_dict()}, "states.pt")
+    write_state(tmp_path / "states.pt", files.kept["states.pt"])
+    loaded = files.load(str(tmp_path / "states.pt"))["module"]
+    assert loaded.keys() == {"lora_A.weight", "lora_A.bias"} and torch.equal(
+        loaded["lora_A.bias"], module["lora_A"].bias
+    )
+    with pytest.raises(CheckpointError, match=r"do not fit the adapter: \['lora_A\.bias', 'lora_A\.weight', 'lora_B"):
+        _Files(adapted("lora_B")).load(str(tmp_path / "states.pt"))
 
 
 def test_only_the_newest_are_kept(run: Run) -> None:
