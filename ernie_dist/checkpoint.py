@@ -8,6 +8,7 @@ step_00000120.tmp/        engine/...         all ranks write
                           COMPLETE           last
 step_00000120/            the same folder, renamed
 step_00000120.universal/  the same state for other ranks or another ZeRO stage, once somebody has asked for it
+step_00000120.old/        the one that had the name, until the new one has it
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from ernie_dist.world import World
 
 log = logging.getLogger(__name__)
 _ENGINE = "engine"
-_ASIDE, _CONVERTED, _BAD = ".tmp", ".universal", ".bad"
+_ASIDE, _CONVERTED, _BAD, _OLD = ".tmp", ".universal", ".bad", ".old"
 _NICENESS = 19
 """of the thread that writes: where ranks compute on the CPU, theirs is the right of way"""
 
@@ -105,7 +106,10 @@ class CheckpointStore:
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             before_publishing()
-            for leftover in folder.glob(f"step_*{_ASIDE}"):  # of a save that was killed: it takes up room
+            for old in folder.glob(f"step_*{_OLD}"):  # of a save that was killed between two names
+                if not old.with_suffix("").exists():
+                    publish(old, old.with_suffix(""))
+            for leftover in [*folder.glob(f"step_*{_ASIDE}"), *folder.glob(f"step_*{_OLD}")]:  # it takes up room
                 shutil.rmtree(leftover)
         world.barrier()
 
@@ -289,8 +293,11 @@ class CheckpointStore:
     def _publish(self, aside: Path, final: Path, state: dict[str, Any], written: dict[str, Any]) -> None:
         complete(aside, {**written, PROGRESS: write_text(aside / PROGRESS, json.dumps(state, indent=1))})
         self._before_publishing()
-        for old in (final, final.with_suffix(_CONVERTED)):  # without COMPLETE, or it would have been restored
-            shutil.rmtree(old, ignore_errors=True)
+        old = final.with_suffix(_OLD)
+        for derived in (old, final.with_suffix(_CONVERTED)):
+            shutil.rmtree(derived, ignore_errors=True)
+        if final.exists():  # it may be all there is: it goes once the new one has the name
+            final.rename(old)
         publish(aside, final)
         self._prune()
 
@@ -298,8 +305,9 @@ class CheckpointStore:
         """The newest are kept, and the best; a converted one as long as its origin. What resists is tried next time."""
         best = best_checkpoint(self._folder)
         old = [one for one in complete_checkpoints(self._folder)[self.job.spec.checkpoint.keep_last :] if one != best]
-        others = [*self._folder.glob(f"step_*{_CONVERTED}"), *self._folder.glob(f"step_*{_ASIDE}")]
-        for folder in [*old, *(one for one in others if one.suffix == _ASIDE or not one.with_suffix("").is_dir())]:
+        left = [path for kind in (_ASIDE, _OLD) for path in self._folder.glob(f"step_*{kind}")]
+        converted = [one for one in self._folder.glob(f"step_*{_CONVERTED}") if not one.with_suffix("").is_dir()]
+        for folder in [*old, *left, *converted]:
             try:
                 shutil.rmtree(folder)
             except OSError as error:

@@ -21,7 +21,7 @@ from ernie_dist.data.loader import SequenceReader, dealt
 from ernie_dist.data.packing import ranges
 from ernie_dist.data.shard import PreparedSource
 from ernie_dist.engine.base import Engine, Measure
-from ernie_dist.spec.errors import BadNumbersError, CheckpointError
+from ernie_dist.spec.errors import BadNumbersError, CheckpointError, CheckpointWriteError
 from ernie_dist.spec.resolve import ResolvedJob, ResolvedStage
 from ernie_dist.trusted_files import complete, difference, entry, publish, read_manifest
 from ernie_dist.world import World
@@ -101,15 +101,21 @@ class References:
         return cls(stage, {name: np.load(folder / name, allow_pickle=False) for name in files})
 
     def write(self, folder: Path) -> None:
-        """All of it or nothing; on one process."""
+        """All of it or nothing; on one process. Raises CheckpointWriteError."""
         aside = folder.with_name(f"{folder.name}.tmp")
-        for old in (aside, folder):
-            shutil.rmtree(old, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for name, values in self._ratios.items():
-            np.save(aside / name, values)
-        complete(aside, {name: entry(aside / name, settle=True) for name in self._ratios})
-        publish(aside, folder)
+        try:
+            for old in (aside, folder):
+                shutil.rmtree(old, ignore_errors=True)
+            aside.mkdir(parents=True)
+            for name, values in self._ratios.items():
+                np.save(aside / name, values)
+            complete(aside, {name: entry(aside / name, settle=True) for name in self._ratios})
+            publish(aside, folder)
+        except OSError as error:
+            raise CheckpointWriteError(
+                f"{folder}: what the model said of the pairs cannot be written ({error}); free space or mend the disk, "
+                "and launch again"
+            ) from None
 
     def of_batch(self, batch: Batch) -> Batch:
         """The batch with the reference of each of its pairs."""
@@ -140,14 +146,12 @@ class References:
 
 
 def _wanted(job: ResolvedJob, stage: ResolvedStage) -> Iterator[_Wanted]:
-    curriculum = Curriculum(job)
-    located = [curriculum.locate(index) for index in range(stage.first_batch, stage.end_batch)]
-    ids, order = np.concatenate([ids for _, _, ids in located]), located[0][1]
-    for number, name in enumerate(order.sources):
+    _, order, _ = Curriculum(job).locate(stage.first_batch)
+    drawn = order.drawn(stage.batches * stage.sequences_per_batch)
+    for name, marks in zip(order.sources, drawn, strict=True):
         source = PreparedSource.open(Path(job.sources[name].folder))
-        sequences = np.unique(order.packed(number, ids[ids[:, 0] == number, 1]))
         packs = source.packs("train", stage.sequence_length)
-        yield _Wanted(_key(name, "train"), SequenceReader(source, packs, stage.loss), sequences)
+        yield _Wanted(_key(name, "train"), SequenceReader(source, packs, stage.loss), np.flatnonzero(marks))
         if job.sources[name].held_out:
             packs = source.packs("validation", job.spec.evaluation_length)
             count = min(job.spec.held_out_sequences, len(packs))

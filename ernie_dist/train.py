@@ -36,13 +36,14 @@ from ernie_dist.progress import Progress
 from ernie_dist.references import References
 from ernie_dist.rewind import Refusals, check_position
 from ernie_dist.schedule import learning_rate
-from ernie_dist.spec.errors import CheckpointError, RanksDiffer
+from ernie_dist.spec.errors import CheckpointReadError, RanksDiffer
 from ernie_dist.spec.lease import refuse_if_lost
 from ernie_dist.spec.resolve import ResolvedJob, ResolvedStage
 from ernie_dist.spec.run_files import RunFiles, checkpoint_folder, complete_checkpoints, read_state
 from ernie_dist.spec.skips import Skips
 from ernie_dist.stop import StopRequest
 from ernie_dist.straggler import BusyTimes
+from ernie_dist.trusted_files import UNREAD
 from ernie_dist.world import World
 
 
@@ -310,13 +311,16 @@ class _Attempt:
         self.events.emit(events.Finished(self.progress.step, tokens, str(self.files.export)))
 
     def _to_export(self) -> Path:
-        step = self.evaluations.best.step
-        if step is None:
-            return complete_checkpoints(self.files.checkpoints)[0]
-        best = checkpoint_folder(self.files.checkpoints, step)
-        if reason := verify(best):
-            raise CheckpointError(f"{best}: the best one cannot be exported: {reason}; see `ernie export --step`")
-        return best
+        """The best checkpoint; the newest where none is, or where that one went bad meanwhile."""
+        newest, step = complete_checkpoints(self.files.checkpoints)[0], self.evaluations.best.step
+        best = newest if step is None else checkpoint_folder(self.files.checkpoints, step)
+        reason = verify(best) if best != newest else None
+        if reason is None:
+            return best
+        if UNREAD in reason:
+            raise CheckpointReadError(f"{best}: the best one cannot be exported: {reason}; launch again")
+        self.events.emit(events.CheckpointRefused(best.name, f"{reason}; not the best but the newest is exported"))
+        return newest
 
     def _close(self) -> None:
         self.beat.enter(Phase.CLOSE, self.progress.step)

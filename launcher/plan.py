@@ -211,10 +211,20 @@ def _time_lines(job: JobSpec, shape: ModelShape, cluster: Cluster, facts: Facts 
             continue
         flops = shape.flops_per_token(stage.sequence_length, adapter=job.model.adapter)
         speed = ASSUMED_MFU * cluster.count * cluster.device.peak_flops / flops
-        total += batches * per_batch / speed
-        lines.append(f"  {stage.name}: {duration(batches * per_batch / speed)} at {speed:,.0f} tokens/s")
+        asking = _asked_tokens(stage, batches * per_batch, facts) / (3 * speed)  # forward only
+        total += asking + batches * per_batch / speed
+        before = f", after {duration(asking)} of asking what the model says now" if asking else ""
+        lines.append(f"  {stage.name}: {duration(batches * per_batch / speed)} at {speed:,.0f} tokens/s{before}")
     known = not any("known after" in line for line in lines)
     return [*lines, f"  together: {duration(total)}" + ("" if known else ", without the stages not known yet")]
+
+
+def _asked_tokens(stage: StageSpec, tokens: int, facts: Facts | None) -> int:
+    """Positions that the model is asked about before a preference stage of so many: each of them once."""
+    if stage.dpo is None:
+        return 0
+    held = [facts[name][stage.sequence_length].sequences for name in stage.mixture] if facts else []
+    return min(tokens, sum(held) * stage.sequence_length) if held else tokens
 
 
 def duration(seconds: float) -> str:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ernie_dist.data.mixture import Mixture
+from ernie_dist.data.mixture import BLOCK, Mixture
 from ernie_dist.data.shuffle import mix, permute
 from ernie_dist.spec.resolve import ResolvedJob, ResolvedStage
+
+_AT_ONCE = 16 * BLOCK
+"""sequences located in one go, where it is a whole stage: as many blocks as the mixture keeps"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,15 @@ class StageOrder:
             here = passes == one
             result[here] = permute(within[here], size, mix(self.seed, source, int(one)))
         return result
+
+    def drawn(self, count: int) -> list[np.ndarray]:
+        """Of each source, bool [packed sequences]: which of them are among the first `count` of the stage."""
+        found = [np.zeros(size, bool) for size in self.sizes]
+        for first in range(0, count, _AT_ONCE):
+            ids = self.locate(np.arange(first, min(count, first + _AT_ONCE), dtype=np.int64))
+            for source, marks in enumerate(found):
+                marks[self.packed(source, ids[ids[:, 0] == source, 1])] = True
+        return found
 
 
 class Curriculum:

@@ -109,6 +109,8 @@ def canonical(document: Document) -> bytes:
 
 def _marked(document: Document, place: int | None = None) -> Marked:
     value = digest(canonical(document))
+    if isinstance(document, Preference):  # all pairs of one question are trained on, or none is
+        place = digest(canonical(document.chosen[:-1])) >> 32
     return Marked(document, value if place is None else placed(value, place))
 
 
@@ -282,20 +284,37 @@ _LAYOUTS: dict[str, Callable[[Row], Conversation]] = {
 def _pairs(row: Row) -> Preference:
     """{"prompt": question or messages, "chosen": answer or messages, "rejected": the same, "system"?}
 
-    Messages of an answer may begin with those of the prompt.
+    Messages of an answer may begin with those of the prompt, with the system prompt or without it.
     """
     prompt = _get(row, "prompt") if "prompt" in row else []
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    _check_type(before, list, "field 'prompt'", "text or a list of messages")
-    if row.get("system"):
-        before = [{"role": "system", "content": _text(row, "system")}, *before]
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    _check_type(asked, list, "field 'prompt'", "text or a list of messages")
+    system = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
     sides = []
     for name in ("chosen", "rejected"):
         answer = _get(row, name)
         after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         _check_type(after, list, f"field {name!r}", "text or a list of messages")
-        sides.append(after if after[: len(before)] == before else [*before, *after])
+        opening = system or [one for one in after[:1] if _said(one)[0] == "system"]
+        if _begins(after, [*opening, *asked]):
+            side = after
+        elif _begins(after, asked):
+            side = [*system, *after]
+        elif asked and _said(asked[-1])[0] == "user" and after and _said(after[0])[0] in ("system", "user"):
+            raise BadRow(f"field {name!r} is a conversation that does not begin with the prompt; leave prompt out")
+        else:
+            side = [*system, *asked, *after]
+        sides.append(side)
     return _preference(*([(turn.role, turn.content) for turn in _messages({"messages": side})] for side in sides))
+
+
+def _begins(messages: Sequence[Any], others: Sequence[Any]) -> bool:
+    return [_said(one) for one in messages[: len(others)]] == [_said(one) for one in others]
+
+
+def _said(message: Any) -> tuple[Any, Any]:
+    """Role and content of a message, which may have more fields."""
+    return (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, message)
 
 
 def _erniekit_pairs(row: Row) -> Preference:

@@ -28,6 +28,7 @@ from ernie_dist.data.survey import PlannedSource, PreparedJob, Survey, data_dir_
 from ernie_dist.data.tokenise import Pool, Workers, bad_rows_error, stored_bad_rows, tokenise
 from ernie_dist.data.tokenizer import PublishedTokenizer
 from ernie_dist.data.vocabulary import training_texts
+from ernie_dist.spec.curriculum import SourceSpec
 from ernie_dist.spec.errors import DataError, EnvironmentProblem
 from ernie_dist.spec.job import JobSpec
 
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 _SMALL = 8 << 20
 """bytes of input below which starting processes costs more than it gains"""
+_DOCUMENT, _TRIPLE = 24, 50
+"""bytes: what is noted of a document besides its tokens; the row of a triple, as ownthink's are on average"""
 MakePool = Callable[[PublishedTokenizer], Pool]
 
 
@@ -110,15 +113,14 @@ def _publish_tokenizer(found: Survey) -> PublishedTokenizer:
 
 
 def _check_disk_space(data_dir: Path, missing: list[PlannedSource], vocab_size: int) -> None:
-    """Raises DataError if what is to be written would hardly fit. Chinese text has up to one token in 2.5 bytes."""
+    """Raises DataError if what is to be written would hardly fit."""
     needed = 0
     for item in missing:
         done = read_shards(item.tokens_folder)
         if done and done[-1].last:
             continue
-        bytes_per_token = (2 if vocab_size <= 1 << 16 else 4) + (item.source.kind != "text")
-        for record in item.records:
-            needed += int(unpacked_bytes(Path(record.path)) / 2.5) * bytes_per_token
+        size = sum(unpacked_bytes(Path(record.path)) for record in item.records)
+        needed += int(size * _written_per_byte(item.source, vocab_size))
     available = shutil.disk_usage(data_dir).free
     if needed > available:
         names = ", ".join(item.name for item in missing)
@@ -126,6 +128,17 @@ def _check_disk_space(data_dir: Path, missing: list[PlannedSource], vocab_size: 
             f"data_dir {data_dir}: preparing {names} needs about {needed:,} bytes, and {available:,} are available; "
             "free some, or set data_dir to a folder on a larger disk"
         )
+
+
+def _written_per_byte(source: SourceSpec, vocab_size: int) -> float:
+    """Bytes written for a byte of input, at most: Chinese text has up to one token in 2.5 bytes."""
+    tokens = ((2 if vocab_size <= 1 << 16 else 4) + (source.kind != "text")) / 2.5
+    if source.kind == "preference":
+        return 2 * tokens  # the question stands before either answer
+    if source.triples is None:
+        return tokens
+    phrasings = 1 if isinstance(source.triples, str) else source.triples.phrasings
+    return phrasings * (tokens + _DOCUMENT / _TRIPLE)
 
 
 def _prepare_missing(

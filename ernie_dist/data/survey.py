@@ -119,6 +119,8 @@ class Survey:
     def _content(self, name: str) -> Any:
         """What decides the documents of a source."""
         settings = self.job.sources[name].model_dump(mode="json", include=_TOKENS_FIELDS)
+        if self.job.sources[name].kind == "preference":
+            settings["placed_by"] = "question"  # earlier splits went by the whole pair
         formats = [item.format for item in self.inputs[name]]
         return [shard.FORMAT, [record.sha256 for record in self.records[name]], formats, settings]
 

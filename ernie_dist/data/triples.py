@@ -72,16 +72,17 @@ def objection(triple: Triple, spec: TriplesSpec) -> str | None:
     """Why there is nothing to learn from a triple; None if nothing is wrong with it. One of a few short reasons."""
     if spec.longest is not None and max(map(len, triple)) > spec.longest:
         return "too long"
-    if not spec.filter:
-        return None
     entity, attribute, value = triple
     if not value:
         return "no value"
     if not entity or not attribute:
         return "no entity or attribute"
+    if not spec.filter:
+        return None
     if not all(any(map(str.isalnum, part)) for part in triple):
         return "only punctuation"
-    if value.casefold().strip("。.（）()") in _SAYS_NOTHING:
+    said = value.strip("。.（）()")
+    if said != "Na" and said.casefold() in _SAYS_NOTHING:  # Na is sodium
         return "value says nothing"
     if value in (entity, attribute):
         return "value repeats the entity or attribute"

@@ -80,7 +80,12 @@ class _Files(CheckpointEngine):
         self.kept[name] = self._copies.setdefault(name, HostCopy())(state_dict)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        return read_state(Path(path), map_location, _CLASSES)
+        state = read_state(Path(path), map_location, _CLASSES)
+        if self._adapted and state.get("module"):  # of a converted checkpoint it is empty: weights lie beside it
+            wanted = without_frozen(self._adapted.state_dict(), self._adapted).keys()
+            if wrong := sorted(wanted ^ state["module"].keys()):  # DeepSpeed itself compares no names here
+                raise CheckpointError(f"{path}: its weights do not fit the adapter: {wrong[:3]}; was peft updated?")
+        return state
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
         return True

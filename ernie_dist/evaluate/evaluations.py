@@ -65,7 +65,8 @@ class Evaluations:
 
         `stage` is the one of the last batch, None before the first. Collective.
         """
-        owed = self._world.is_main and (stage is None or self.due(stage, progress))
+        since = self._skips.behind(progress.batch_index - 1)  # as the step saw it
+        owed = self._world.is_main and (stage is None or self.due(stage, progress, since))
         if owed:
             at_end = self._at_end(stage, progress)
             done = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, pad
 
 from ernie_dist.batch import IGNORED, MicroBatch, Pairs
 from ernie_dist.model.attention import documents_of
@@ -31,11 +31,10 @@ def summed_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
 
 def answer_log_probabilities(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """log p of the labelled positions of each document together, fp32 [documents], in nats."""
-    labelled = (batch.labels_BT.flatten() != IGNORED).nonzero()[:, 0]
-    document_N = torch.bucketize(labelled, batch.document_ends[1:].long(), right=True)
-    documents = len(batch.document_ends) - 1
-    losses_N = _losses(model, batch)
-    return -torch.zeros(documents, device=losses_N.device).index_add(0, document_N, losses_N)
+    before = pad((batch.labels_BT.flatten() != IGNORED).cumsum(0), (1, 0))
+    lengths = before[batch.document_ends.long()].diff()
+    # In the order of the positions, on every device: index_add sums as its threads happen to come.
+    return -torch.segment_reduce(_losses(model, batch), "sum", lengths=lengths, unsafe=True)
 
 
 def _preference_loss(log_probabilities: torch.Tensor, pairs: Pairs) -> torch.Tensor:

@@ -185,6 +185,8 @@ def _cross_check(parts: _Parts) -> Iterator[Problem]:
                 yield Problem(f"{where}.mixture.{source}", f"unknown source; {suggest(source, parts.sources)}")
             elif source in parts.kinds and (parts.kinds[source] == "preference") != (stage.dpo is not None):
                 yield Problem(f"{where}.mixture.{source}", _MISMATCH[stage.dpo is not None])
+        if stage.dpo is not None and stage.loss == "all":
+            yield Problem(f"{where}.loss", "of pairs only the last answer counts: leave loss out", stage.loss)
         if stage.schedule is None and not parts.has_schedule:
             yield Problem(f"{where}.schedule", "is required, here or for the whole job: {kind: wsd, peak: 3e-4, ...}")
         yield from _batch_problem(parts, f"{where} ({stage.name})", stage)
@@ -233,8 +235,10 @@ def _evaluate_problems(parts: _Parts) -> Iterator[Problem]:
     best = parts.evaluate.best if parts.evaluate is not None else None
     if best is not None and best != ALL_SOURCES and best not in parts.sources:
         yield Problem("evaluate.best", f"unknown source; {suggest(best, [*parts.sources, ALL_SOURCES])}", best)
-    if best == ALL_SOURCES and "preference" in parts.kinds.values():
+    if best == ALL_SOURCES and {"preference"} < set(parts.kinds.values()):
         yield Problem("evaluate.best", "losses of pairs and of tokens have no common mean; name one source", best)
+    if ALL_SOURCES in parts.sources:
+        yield Problem(f"sources.{ALL_SOURCES}", "stands for all sources in evaluate.best; give this one another name")
     if parts.evaluate is not None and parts.evaluate.early_stop is not None and len(parts.stages) > 1:
         remedy = "make the last stage a job of its own that starts from this one's export, or leave it out"
         yield Problem("evaluate.early_stop", f"a job of {len(parts.stages)} stages cannot end early: {remedy}")

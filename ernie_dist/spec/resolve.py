@@ -150,10 +150,6 @@ class ResolvedJob(Strict):
             frozen=tuple(sorted({stage.freeze for stage in self.stages if stage.freeze})),
         )
 
-    def is_stage_end(self, batch_index: int) -> bool:
-        """Whether the batch before `batch_index` was the last of its stage."""
-        return batch_index in self._ends
-
     def write(self, path: Path) -> None:
         path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
@@ -228,11 +224,6 @@ def resolve(spec: JobSpec, tokenizer: ResolvedTokenizer, sources: Mapping[str, R
     if best is not None and not any(one.held_out for name, one in sources.items() if best in (name, ALL_SOURCES)):
         problems.append(
             Problem("evaluate.best", "there are no held-out documents to measure; give split.validation a share", best)
-        )
-    if best == ALL_SOURCES and len(sources) > 1 and any(one.kind == "preference" for one in sources.values()):
-        remedy = "name one source"
-        problems.append(
-            Problem("evaluate.best", f"losses of texts and of pairs of answers have no mean: {remedy}", best)
         )
     if problems:
         raise refuse(f"the data of {spec.name}", problems)

@@ -73,6 +73,12 @@ class Skips:
             batch_index += 1
         return batch_index
 
+    def behind(self, batch_index: int) -> int:
+        """The first batch from which to `batch_index` all are skipped; itself if the one before it is not."""
+        while batch_index - 1 in self._batches:
+            batch_index -= 1
+        return batch_index
+
     def before(self, batch_index: int) -> int:
         """How many of the batches before `batch_index` are skipped."""
         return sum(one < batch_index for one in self._batches)

@@ -147,6 +147,12 @@ def test_killed_or_stopped_anywhere_the_same_checkpoint_is_best_and_the_run_ends
     assert runs.attempt(broken) == 0, "a run that has ended early has nothing left to do"
     assert max(of_kind(broken, "Evaluated")) == ends
 
+    (best_checkpoint(broken.files.checkpoints) / "engine" / "state.pt").write_bytes(b"")
+    assert runs.attempt(broken) == 0, "a best one that went bad keeps no run from its end"
+    [refused] = [event for event in read_events(broken.files.events) if event["event"] == "CheckpointRefused"]
+    assert refused["checkpoint"] == f"step_{lowest:08d}" and "the newest is exported" in refused["reason"]
+    assert json.loads((broken.files.export / "ernie_dist.json").read_text())["checkpoint"] == f"step_{ends:08d}"
+
 
 def test_the_best_one_is_exported_and_shown(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = runs.folder / "whole"

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ernie_dist.batch import Batch, Row, stack
 from ernie_dist.checkpoint import CheckpointStore, verify
@@ -29,7 +30,7 @@ from ernie_dist.spec.errors import CheckpointError, CheckpointWriteError
 from ernie_dist.spec.job import parse_job
 from ernie_dist.spec.resolve import PackedLength, ResolvedJob, ResolvedSource, ResolvedTokenizer, resolve
 from ernie_dist.spec.run_files import best_checkpoint, checkpoint_step, complete_checkpoints
-from ernie_dist.trusted_files import entry
+from ernie_dist.trusted_files import entry, write_state
 from ernie_dist.world import World
 
 torch.set_num_threads(1)
@@ -242,6 +243,23 @@ def test_another_engine_is_refused_with_both_named(run: Run) -> None:
         assert torch.equal(here.weights(), before)
 
 
+def test_deepspeed_loads_no_adapter_of_other_names(tmp_path: Path) -> None:
+    from ernie_dist.engine.deepspeed import _Files
+
+    def adapted(name: str) -> nn.Module:
+        return nn.ModuleDict({"base": nn.Linear(2, 2).requires_grad_(False), name: nn.Linear(2, 2)})
+
+    files, module = _Files(adapted("lora_A")), adapted("lora_A")
+    files.save({"module": module.state_dict()}, "states.pt")
+    write_state(tmp_path / "states.pt", files.kept["states.pt"])
+    loaded = files.load(str(tmp_path / "states.pt"))["module"]
+    assert loaded.keys() == {"lora_A.weight", "lora_A.bias"} and torch.equal(
+        loaded["lora_A.bias"], module["lora_A"].bias
+    )
+    with pytest.raises(CheckpointError, match=r"do not fit the adapter: \['lora_A\.bias', 'lora_A\.weight', 'lora_B"):
+        _Files(adapted("lora_B")).load(str(tmp_path / "states.pt"))
+
+
 def test_only_the_newest_are_kept(run: Run) -> None:
     run.train(8)
     names = [f"step_{step:08d}" for step in (8, 10, 12)]
@@ -275,7 +293,10 @@ def test_what_a_killed_save_left_behind_neither_blocks_nor_counts(run: Run) -> N
     assert Run(run.folder).restore().progress == again.progress
 
 
-def test_killed_at_any_file_of_a_save_the_checkpoint_before_is_used(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("alone", [False, True], ids=["after others", "in place of the only one"])
+def test_killed_at_any_file_of_a_save_there_is_a_checkpoint(
+    run: Run, monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
     """Every call that makes something visible on disk is the last one, in turn."""
 
     class Killed(BaseException):
@@ -291,21 +312,25 @@ def test_killed_at_any_file_of_a_save_the_checkpoint_before_is_used(run: Run, mo
         return call
 
     run.train(1)
+    if alone:
+        run.save()
+        for step in (2, 4):
+            shutil.rmtree(run.folder / f"step_{step:08d}")
     survived = 0
-    for at in range(30):
+    for at in range(40):
         calls: list[Any] = []
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, suppress(Killed):
             patch.setattr(os, "fsync", dying(os.fsync, at))
             patch.setattr(Path, "rename", dying(Path.rename, at))
-            try:
-                run.save()
-            except Killed:
-                assert Run(run.folder).restore().progress.step in (4, 5)
-                continue
-        survived = at
-        break
+            patch.setattr(shutil, "rmtree", dying(shutil.rmtree, at))
+            run.save()
+            survived = at
+        assert Run(run.folder).restore().progress.step in ((5,) if alone else (4, 5))
+        if survived:
+            break
     assert survived > 5, "the save was never interrupted"
     assert Run(run.folder).restore().progress == run.progress
+    assert not [path for path in run.folder.iterdir() if path.suffix], "nothing is left over"
 
 
 def test_training_goes_on_during_a_save_and_none_of_it_reaches_the_files(

@@ -121,6 +121,7 @@ def test_skipped_batches_are_neither_read_nor_counted_wherever_they_lie(tmp_path
     assert [index for index in range(12) if index in skips] == [2, 3, 4, 5, 6, 9]
     assert [skips.next(index) for index in (0, 2, 4, 7, 9, 10)] == [0, 7, 7, 7, 10, 10]
     assert [skips.before(index) for index in (2, 4, 7, 9, 12)] == [0, 2, 5, 5, 6]
+    assert [skips.behind(index) for index in (0, 2, 3, 7, 8, 10)] == [0, 2, 2, 2, 8, 9]
     reader = list(range(12))
     for ahead in (0, 2):
         assert list(load_batches(reader, 1, 12, ahead=ahead, without=skips)) == [1, 7, 8, 10, 11]

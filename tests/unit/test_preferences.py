@@ -1,6 +1,8 @@
 """Pairs of answers: from rows of either layout to packed sequences, and the loss that compares them."""
 
+import io
 import json
+from collections import Counter
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +21,8 @@ from ernie_dist.data.prepare import prepare
 from ernie_dist.data.resolve import resolve_prepared
 from ernie_dist.data.shard import PreparedSource
 from ernie_dist.engine.select import build_engine
+from ernie_dist.events.history import read_events, read_metrics
+from ernie_dist.heartbeat import Heartbeat, Phase
 from ernie_dist.model.build import build_model
 from ernie_dist.model.loss import answer_log_probabilities, summed_loss
 from ernie_dist.references import References
@@ -26,8 +30,11 @@ from ernie_dist.spec.curriculum import SourceSpec
 from ernie_dist.spec.errors import CheckpointError, SpecError
 from ernie_dist.spec.job import JobSpec, parse_job
 from ernie_dist.spec.resolve import ResolvedJob
+from ernie_dist.spec.stop_file import StopNote, ask
 from ernie_dist.spec.training import EngineSpec, OptimizerSpec
+from ernie_dist.train import train
 from ernie_dist.world import World
+from launcher.run_dir import RunDir
 
 torch.set_num_threads(1)
 
@@ -35,6 +42,7 @@ ROWS = [
     {"prompt": f"第{n}味药治什么？", "chosen": f"治{'头痛' * (1 + n % 4)}。", "rejected": "不知道" * (n % 3 + 1)}
     for n in range(40)
 ]
+ROWS += [{**row, "rejected": "我也不知道"} for row in ROWS[:20]]
 LENGTH = 256
 
 
@@ -85,6 +93,11 @@ def test_both_layouts_give_the_same_pair_and_every_mistake_is_named() -> None:
     sides = {side: [*whole, {"role": "assistant", "content": text}] for side, text in texts.items()}
     assert pairs(sides) == expected
     assert pairs({"prompt": whole, **sides}) == expected, "answers may begin with the prompt"
+    assert pairs({"prompt": whole[1:], **sides}) == expected, "or with a system prompt before it"
+    plain = {side: [{**one, "name": "n"} for one in turns[1:]] for side, turns in sides.items()}
+    assert pairs({"system": "良", "prompt": whole[1:], **plain}) == expected, "or without it, and have more fields"
+    short = {side: [turns[3], turns[4]] for side, turns in sides.items()}
+    assert pairs({"prompt": "三", **short}) == pairs({"prompt": "三", **texts})
     assert [turn.counts for turn in expected.chosen] == [False, False, False, False, True]
 
     question = {"prompt": "问"}
@@ -92,6 +105,7 @@ def test_both_layouts_give_the_same_pair_and_every_mistake_is_named() -> None:
         (pairs, {**question, "chosen": "好"}, "no field 'rejected'"),
         (pairs, {**question, "chosen": "好", "rejected": " "}, "turn 2 (assistant) is empty"),
         (pairs, {**question, "chosen": "好", "rejected": "好"}, "the same answer"),
+        (pairs, {"prompt": "别的", **short}, "does not begin with the prompt"),
         (pairs, {**sides, "rejected": [*whole[1:], sides["rejected"][-1]]}, "different conversations"),
         (erniekit, {**kit, "sort": [1, 1]}, "two different numbers in sort"),
         (erniekit, {**kit, "response": [["好"]]}, "two responses"),
@@ -118,6 +132,9 @@ def test_packs_hold_whole_pairs_and_only_answers_count(job: ResolvedJob) -> None
     wanted = {tuple(form.format(**row) for form in forms) for row in ROWS}
     assert len(seen) == len(set(seen)) > 20 and set(seen) < wanted
     assert len(seen) > len(reader), "several pairs share a sequence"
+    trained, known = (Counter(first.split("\n")[0] for first, *_ in found) for found in (seen, wanted))
+    assert all(known[question] == count for question, count in trained.items()), "all pairs of a question, or none"
+    assert {1, 2} == set(trained.values())
 
 
 def build(job: ResolvedJob, seed: int) -> PreTrainedModel:
@@ -141,7 +158,7 @@ def test_the_loss_is_dpo_of_each_pair_by_itself_gradients_included(job: Resolved
     plain = [build_model(job.spec.model, job.tokenizer.vocab_size, seed, attn_implementation="sdpa") for seed in (1, 2)]
     ours, theirs = one_by_one(plain[0], micro), one_by_one(plain[1], micro).detach()
     chosen = micro.pairs.chosen_P
-    margins = 0.3 * ((ours[chosen] - ours[chosen + 1]) - (theirs[chosen] - theirs[chosen + 1]))
+    margins = 0.5 * ((ours[chosen] - ours[chosen + 1]) - (theirs[chosen] - theirs[chosen + 1]))
     expected = -logsigmoid(margins)
     expected.sum().backward()
     assert len(expected) > 3 and expected.std() > 0.1, "something to compare"
@@ -150,7 +167,7 @@ def test_the_loss_is_dpo_of_each_pair_by_itself_gradients_included(job: Resolved
         measured = answer_log_probabilities(reference, micro)
     torch.testing.assert_close(measured, theirs, rtol=1e-5, atol=1e-4)
     ratio = measured[chosen] - measured[chosen + 1]
-    pairs = type(micro.pairs)(chosen, micro.pairs.ids_P2, ratio, 0.3)
+    pairs = type(micro.pairs)(chosen, micro.pairs.ids_P2, ratio, 0.5)
     sums = summed_loss(policy, type(micro)(**{**vars(micro), "pairs": pairs}))
     sums[0].backward()
     wanted = torch.stack([expected.sum(), (margins > 0).sum(), margins.sum()])
@@ -188,15 +205,52 @@ def test_references_are_the_models_own_until_it_learns_and_survive_a_restart_unl
         References.read(folder, stage)
 
 
+def test_a_stop_while_pairs_are_asked_about_costs_no_checkpoint_and_each_stage_begins_at_its_own_reference(
+    job: ResolvedJob, tmp_path: Path
+) -> None:
+    first = {**raw_job(tmp_path)["curriculum"][0], "duration": "3 steps"}
+    stages = [first, {**first, "name": "again", "sequence_length": 2 * LENGTH}]
+    folder, rare = Path(job.spec.data_dir).parent, {"every": "3 steps", "keep_last": 1}
+    spec = parse_job(raw_job(folder, curriculum=stages, checkpoint=rare), "test")
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.freeze(resolve_prepared(spec, prepare(spec, workers=1, show_progress=False)))
+    files = run_dir.files
+
+    class Stops(Heartbeat):
+        evaluations = 0
+
+        def enter(self, phase: Phase, step: int) -> None:
+            super().enter(phase, step)
+            self.evaluations += (phase, step) == (Phase.EVALUATE, 3)
+            if self.evaluations == 2:  # at the end of one stage, and before the other
+                ask(files.stop, StopNote("a test"))
+
+    assert not train(run_dir.root, run_dir.new_attempt(), World(), io.StringIO(), Stops())
+    files.stop.unlink()
+    assert train(run_dir.root, run_dir.new_attempt(), World(), io.StringIO())
+    told = read_events(files.events)
+    assert [event["step"] for event in told if event["event"] == "CheckpointSaved"] == [3, 6], "none was written twice"
+    measured = [(event["step"], event["stage"]) for event in told if event["event"] == "Evaluated"]
+    assert measured == [(3, "prefer"), (6, "again")]
+    losses = [step["loss"] for step in read_metrics(files.metrics)]
+    assert [losses[0], losses[3]] == pytest.approx([np.log(2)] * 2, abs=1e-5) and losses[2] != losses[3]
+
+
 def test_a_stage_and_its_sources_must_agree(tmp_path: Path) -> None:
     job = raw_job(tmp_path)
     parse_job(job, "test")
     text = {"path": "x.jsonl", "text": "text"}
+    tokens = {"name": "read", "duration": "5 steps", "sequence_length": LENGTH, "mixture": {"texts": 1.0}}
+    mixed = {"sources": {**job["sources"], "texts": text}, "curriculum": [tokens, *job["curriculum"]]}
+    parse_job({**job, **mixed}, "test")
     for change, said in (
         ({"sources": {"pairs": text}}, "say preference: pairs or erniekit"),
         ({"curriculum": [{key: value for key, value in job["curriculum"][0].items() if key != "dpo"}]}, "add dpo: {}"),
         ({"sources": {"pairs": {**job["sources"]["pairs"], "overlong": "truncate"}}}, "half a pair of answers"),
+        ({"curriculum": [{**job["curriculum"][0], "loss": "all"}]}, "only the last answer counts: leave loss out"),
+        ({**mixed, "evaluate": {"best": "mean"}}, "losses of pairs and of tokens have no common mean"),
+        ({"sources": {**job["sources"], "mean": job["sources"]["pairs"]}}, "give this one another name"),
     ):  # fmt: skip
         with pytest.raises(SpecError, match=said):
             parse_job({**job, **change}, "test")
-    assert isinstance(parse_job(job, "test"), JobSpec)
+    assert isinstance(parse_job({**job, "evaluate": {"best": "mean"}}, "test"), JobSpec), "all of them are pairs"

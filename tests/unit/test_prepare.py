@@ -322,6 +322,16 @@ def test_what_cannot_be_trained_on_is_refused_with_a_remedy(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     with pytest.raises(DataError, match=r"needs about [\d,]+ bytes, and 1,000 are available"):
         prepare(job(tmp_path / "new", tokenizer, **sources))
+    facts = write(
+        tmp_path / "facts.jsonl", [{"entity": f"河{n}", "attribute": "长", "value": str(n)} for n in range(99)]
+    )
+    needed = []
+    for phrasings in (1, 6):
+        own = {"path": str(facts), "triples": {"make": "qa", "phrasings": phrasings}}
+        with pytest.raises(DataError) as caught:
+            prepare(job(tmp_path / "new", tokenizer, own=own))
+        needed.append(int(str(caught.value).split("about ")[1].split(" ")[0].replace(",", "")))
+    assert needed[1] == pytest.approx(6 * needed[0], abs=6)
 
 
 def test_a_full_disk_loses_nothing_and_two_at_once_do_the_work_once(

@@ -102,9 +102,13 @@ def loss_at(job: ResolvedJob, step: int) -> float:
     return level + height * math.exp(-inside / (stage.batches / 5)) + noise
 
 
+def ends_stage(job: ResolvedJob, step: int) -> bool:
+    return any(step == stage.end_batch for stage in job.stages)
+
+
 def evaluate(bus: EventBus, job: ResolvedJob, step: int) -> None:
     stage = "start" if step == 0 else job.stage_at(step - 1).name
-    ends = step == 0 or job.is_stage_end(step)
+    ends = step == 0 or ends_stage(job, step)
     for source, learnt in LEARNT.items():
         loss = 7.6 if step == 0 else learnt[stage] if ends else learnt[stage] + 0.6
         bus.emit(Evaluated(step, stage, source, loss, 20_000, job.consumed_tokens(step), ends))
@@ -143,7 +147,7 @@ def run_attempt(
                 applied=True,
             )
         )
-        if evaluated and (job.is_stage_end(step) or step % 25 == 0):
+        if evaluated and (ends_stage(job, step) or step % 25 == 0):
             evaluate(bus, job, step)
         if step % 30 == 0:
             bus.emit(CheckpointSaved(step, f"step_{step:08d}", 123_456_789, 0.7, 0.1))

@@ -474,7 +474,7 @@ def test_where_a_run_is_follows_from_the_batch_index() -> None:
         )
     )
     assert [job.consumed_tokens(batch) >> 20 for batch in range(7)] == [0, 1, 2, 3, 5, 7, 8]
-    assert [batch for batch in range(7) if job.is_stage_end(batch)] == [3, 5, 6]
+    assert [stage.end_batch for stage in job.stages] == [3, 5, 6]
     every = parse_quantity(f"{3 << 20} tokens", (Unit.TOKENS,))
     assert [batch for batch in range(7) if job.crosses(every, batch)] == [3, 5]
     assert [batch for batch in range(7) if job.crosses(Quantity(2, Unit.STEPS), batch)] == [2, 4, 6]

@@ -36,6 +36,7 @@ def row(entity: Any, attribute: Any, value: Any) -> dict[str, Any]:
         (("长江", "全长", "——"), "only punctuation"),
         (("长江", "全长", "暂无。"), "value says nothing"),
         (("长江", "全长", "N/A"), "value says nothing"),
+        (("长江", "全长", "NA"), "value says nothing"),
         (("长江", "别名", "长江"), "value repeats the entity or attribute"),
         (("长江", "图片", "https://a.b/c.jpg"), "link or markup"),
         (("长江", "全长", "<br>6300公里"), "link or markup"),
@@ -43,8 +44,10 @@ def row(entity: Any, attribute: Any, value: Any) -> dict[str, Any]:
     ],
 )
 def test_what_says_nothing_is_left_out_with_its_reason(triple: tuple, reason: str) -> None:
+    read = reader(filter=True, longest=100)
     with pytest.raises(LeftOut, match=f"^{reason}$"):
-        reader(filter=True, longest=100)(row(*triple))
+        read(row(*triple))
+    assert read(row("钠", "化学符号", "Na"))
 
 
 def test_without_a_filter_only_what_is_empty_is_refused_and_nothing_changes() -> None:
@@ -63,6 +66,9 @@ def test_tidying_takes_out_marks_and_line_breaks_and_no_more() -> None:
     assert len(made) == len({one.document for one in made}) == 5, "as many wordings as there are"
     assert all("红楼梦[古典小说]" in one.document and "曹霑、 高鹗" in one.document for one in made)
     assert len(reader(phrasings=6)(row("Yangtze", "length", "6300 km"))) == 3
+    for empty in (("长江", "全长", "[1]"), ("长江", "[[x|]]", "6300")):
+        with pytest.raises(LeftOut, match=r"^no "):
+            read(row(*empty))
 
 
 def held_out(read: Any, triples: list[tuple[str, str, str]]) -> dict[tuple[str, str, str], list[tuple[str, Marked]]]:
