@@ -109,8 +109,7 @@ def estimate_memory(job: JobSpec, stage: StageSpec, shape: ModelShape, ranks: in
     gathered = width * min(policy.live, shape.parameters) if policy.zero == 3 else 0
     micro = job.batch_plan(stage, ranks).micro_batch_size * stage.sequence_length
     layer = 17 * width * micro * shape.hidden_size
-    every = job.engine.gradient_checkpointing
-    kept = 1.0 if every == "none" else 0.0 if every == "full" else 1 - 1 / int(every)
+    kept = 1 - _recomputed(job)
     boundary = width * micro * shape.hidden_size
     return Memory(
         weights=(width * trained + frozen_width * frozen) / (ranks if policy.zero == 3 else 1) + gathered,
@@ -119,6 +118,12 @@ def estimate_memory(job: JobSpec, stage: StageSpec, shape: ModelShape, ranks: in
         activations=shape.layers * (kept * layer + (1 - kept) * boundary) + layer,
         logits=(width + 8) * micro * shape.vocab_size,
     )
+
+
+def _recomputed(job: JobSpec) -> float:
+    """Share of the layers."""
+    every = job.engine.gradient_checkpointing
+    return 0.0 if every == "none" else 1.0 if every == "full" else 1 / int(every)
 
 
 def trained_parameters(job: JobSpec, shape: ModelShape) -> int:
@@ -142,7 +147,7 @@ def estimate_traffic(job: JobSpec, stage: StageSpec, shape: ModelShape, ranks: i
 
     ZeRO 1 and 2 reduce gradients by all-reduce, not by the reduce-scatter of Rajbhandari et al. 2020: 3 sizes of the
     model in a step, not 2. ZeRO 2 does it after every micro-batch. ZeRO 3 gathers weights once for a micro-batch, or,
-    if they may not all stay, for the forward and again for the backward.
+    if they may not all stay, for every use: forward, recomputed forward and backward, tied embeddings as head as well.
     """
     policy = Policy.of(job)
     around = (ranks - 1) / ranks * policy.width
@@ -150,8 +155,13 @@ def estimate_traffic(job: JobSpec, stage: StageSpec, shape: ModelShape, ranks: i
     whole = around * (shape.parameters + (trained_parameters(job, shape) if job.model.adapter else 0))
     accumulation = job.batch_plan(stage, ranks).gradient_accumulation_steps
     if policy.zero == 3:
-        passes = 1 if shape.parameters <= policy.live else 2
-        return Traffic(gradients=accumulation * trained, weights=accumulation * passes * whole)
+        gathered = whole
+        if shape.parameters > policy.live:
+            tied = shape.vocab_size * shape.hidden_size if shape.tied else 0
+            # The last matrix of a layer is not given back between its recomputed forward and its backward.
+            again = _recomputed(job) * (shape.layer_weights - shape.layers * shape.hidden_size * shape.mlp_width)
+            gathered = 2 * whole + around * (2 * tied + again)
+        return Traffic(gradients=accumulation * trained, weights=accumulation * gathered)
     reductions = accumulation if policy.zero == 2 else 1
     return Traffic(gradients=2 * reductions * trained, weights=trained if policy.zero else 0.0)
 
