@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 _VERBS = {
-    "plan": "stages, steps, micro-batches, memory and time, before a GPU is touched",
+    "plan": "stages, steps, micro-batches, memory, time and cost, before a GPU is touched",
     "prepare": "tokenise every source once; launch does it too when needed",
     "launch": "start a job, or go on where the same run directory stopped",
     "status": "what a run is doing",
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
             help='change a field: --set curriculum.0.duration="2M tokens"; may be repeated',
         )  # fmt: skip
         at[name].add_argument("--ranks", type=_positive, metavar="N", help="ranks on this one machine")
-    at["plan"].add_argument("--gpus", metavar="NxDEVICE", help="plan for these devices, e.g. 4xA100-80G")
+    _add_plan_options(at["plan"])
     at["prepare"].add_argument(
         "--on", choices=["local", "ray"], default="local", help="this machine, or the CPUs of the Ray cluster it is in"
     )
@@ -130,6 +130,15 @@ def _parser() -> argparse.ArgumentParser:
     drill.add_argument("--dir", default="drill", metavar="DIR", help="folder to work in (drill)")
     at["quickstart"].add_argument("--dir", default="quickstart", metavar="DIR", help="folder to work in")
     return parser
+
+
+def _add_plan_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--gpus", metavar="NxDEVICE", help="plan for these devices, e.g. 4xA100-80G")
+    verb.add_argument("--price", type=_price, metavar="P", help="of one GPU for an hour, for the cost")
+    verb.add_argument(
+        "--mtbf", type=_seconds, metavar="TIME", help="mean time between failures of one node: how often to save"
+    )
+    verb.add_argument("--scaling", action="store_true", help="time, efficiency and cost on 1 to 1,024 devices")
 
 
 def _add_model_options(verb: argparse.ArgumentParser) -> None:
@@ -208,3 +217,13 @@ def _seconds(text: str) -> float:
         return parse_time(text).total_seconds()
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+
+
+def _price(text: str) -> float:
+    try:
+        price = float(text)
+    except ValueError:
+        price = -1
+    if not 0 <= price < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a price; give a number, e.g. 2.5")
+    return price

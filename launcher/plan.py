@@ -1,93 +1,51 @@
-"""Stages, steps, micro-batches, memory and time, before a GPU is touched.
+"""Stages, steps, micro-batches, memory, time and cost as text, before a GPU is touched.
 
-Memory and time are estimates from formulas, and printed as such.
+What comes from formulas and assumptions is printed as such.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ernie_dist.spec.curriculum import StageSpec
-from ernie_dist.spec.ds_config import offloads, read_ds_config, zero_stage
 from ernie_dist.spec.errors import SpecError
-from ernie_dist.spec.hardware import DEVICES, Device
 from ernie_dist.spec.job import JobSpec
-from ernie_dist.spec.problems import suggest
 from ernie_dist.spec.resolve import PackedLength, passes, stage_batches
 from ernie_dist.spec.shape import ModelShape, config_values
-
-ASSUMED_MFU = 0.40
-"""of the peak, full-attention convention: what good trainers reach; measure your own"""
-
-_NF4 = 0.52
-"""bytes per weight: 4 bits, and a twice quantised scale for every 64 weights (arXiv:2305.14314)"""
+from launcher.estimate import (
+    ASSUMED_COPY,
+    ASSUMED_HIDDEN,
+    ASSUMED_LINK_SHARE,
+    ASSUMED_MFU,
+    Cluster,
+    estimate_memory,
+    estimate_pace,
+    estimate_saves,
+    estimate_traffic,
+)
 
 Facts = Mapping[str, Mapping[int, PackedLength]]
 """source -> sequence length -> what prepared data holds"""
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """Devices a plan is made for."""
+class Wishes:
+    """What a plan shows beyond the job itself."""
 
-    count: int
-    name: str
-    device: Device | None
-
-    @classmethod
-    def parse(cls, text: str) -> Cluster:
-        """Reads "4xA100-80G". Raises SpecError with the known names."""
-        match = re.fullmatch(r"(\d+)x(.+)", text)
-        if not match or match[2] not in DEVICES or int(match[1]) < 1:
-            raise SpecError(f'--gpus "{text}": needs a number and a device, e.g. 4xA100-80G; {suggest(text, DEVICES)}')
-        return cls(int(match[1]), match[2], DEVICES[match[2]])
+    price: float | None = None
+    """of one GPU for an hour, in any currency"""
+    node_lifetime: float | None = None
+    """seconds; mean time between failures of one node"""
+    scaling: bool = False
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes per rank at the fullest moment of a step, by part."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    logits: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+_SCALES = tuple(1 << power for power in range(11))
 
 
-def estimate_memory(job: JobSpec, stage: StageSpec, shape: ModelShape, ranks: int) -> Memory:
-    """Per-rank memory of one stage. Mixed-precision states after Rajbhandari et al. 2020 (arXiv:1910.02054), layer
-    activations after Korthikanti et al. 2022 (arXiv:2205.05198) with flash attention."""
-    half = job.engine.precision != "fp32"
-    if job.engine.kind == "plain":
-        zero, offloaded = 0, False
-    else:
-        policy = read_ds_config(job.engine.ds_config)
-        zero, offloaded = zero_stage(policy), offloads(policy)
-    adapter, width = job.model.adapter, 2 if half else 4
-    trained = shape.adapter_parameters(adapter) if adapter else shape.parameters
-    frozen = shape.parameters if adapter else 0
-    frozen_width = width if adapter is None or adapter.quantize == "none" else _NF4
-    micro = job.batch_plan(stage, ranks).micro_batch_size * stage.sequence_length
-    layer = 17 * width * micro * shape.hidden_size
-    every = job.engine.gradient_checkpointing
-    kept = 1.0 if every == "none" else 0.0 if every == "full" else 1 - 1 / int(every)
-    boundary = width * micro * shape.hidden_size
-    return Memory(
-        weights=(width * trained + frozen_width * frozen) / (ranks if zero == 3 else 1),
-        gradients=4 * trained / (ranks if zero >= 2 else 1),
-        optimizer=0 if offloaded else (12 if half else 8) * trained / (ranks if zero >= 1 else 1),
-        activations=shape.layers * (kept * layer + (1 - kept) * boundary) + layer,
-        logits=(width + 8) * micro * shape.vocab_size,
-    )
-
-
-def describe(job: JobSpec, cluster: Cluster | None = None, facts: Facts | None = None) -> list[str]:
+def describe(
+    job: JobSpec, cluster: Cluster | None = None, facts: Facts | None = None, wishes: Wishes = Wishes()
+) -> list[str]:
     """The plan as lines of text. Raises SpecError where the batch cannot be cut over the cluster's devices."""
     ranks = cluster.count if cluster else job.resources.world_size
     values = config_values(job.model, _vocabulary(job))
@@ -102,8 +60,13 @@ def describe(job: JobSpec, cluster: Cluster | None = None, facts: Facts | None =
         lines += ["", *_pass_lines(job, facts)]
     if shape:
         lines += ["", *_memory_lines(job, shape, ranks, cluster)]
-        if cluster and cluster.device:
-            lines += ["", *_time_lines(job, shape, cluster, facts)]
+        if cluster:
+            lines += _wire_lines(job, shape, cluster)
+            lines += ["", *_time_lines(job, shape, cluster, facts, wishes.price)]
+            if wishes.node_lifetime:
+                lines += ["", *_save_lines(job, shape, cluster, wishes.node_lifetime)]
+            if wishes.scaling and _total(job, shape, cluster, facts)[0]:
+                lines += ["", *_scaling_lines(job, shape, cluster, facts, wishes.price)]
     return lines
 
 
@@ -192,31 +155,110 @@ def _memory_lines(job: JobSpec, shape: ModelShape, ranks: int, cluster: Cluster 
         for name in ("weights", "gradients", "optimizer", "activations", "logits")
     )
     lines = [f"memory     about {_size(worst.total)} per rank at the longest stage, estimated: {parts}"]
-    if cluster and cluster.device:
+    if cluster:
         share = worst.total / cluster.device.memory
         verdict = "fits" if share < 0.9 else "is tight" if share < 1 else "does not fit"
         lines.append(f"           {verdict}: {share:.0%} of the {_size(cluster.device.memory)} of one {cluster.name}")
     return lines
 
 
-def _time_lines(job: JobSpec, shape: ModelShape, cluster: Cluster, facts: Facts | None) -> list[str]:
-    assert cluster.device is not None
-    lines = [f"time       estimated at {ASSUMED_MFU:.0%} of the peak of {cluster.count} x {cluster.name}"]
-    total = 0.0
+def _wire_lines(job: JobSpec, shape: ModelShape, cluster: Cluster) -> list[str]:
+    if cluster.count == 1:
+        return []
+    stage = max(job.curriculum, key=lambda one: estimate_traffic(job, one, shape, cluster.count).total)
+    sent = estimate_traffic(job, stage, shape, cluster.count)
+    over = "NVLink" if cluster.nodes == 1 else "InfiniBand"
+    parts = f"gradients {_size(sent.gradients)}, weights {_size(sent.weights)}"
+    return [
+        "",
+        f"wire       each rank sends {_size(sent.total)} in a step of {stage.name}: {parts}",
+        f"           {1000 * sent.total / cluster.link:,.0f} ms over {over} at {cluster.link / 1e9:.0f} GB/s, "
+        f"{ASSUMED_LINK_SHARE:.0%} of the data sheet's",
+    ]
+
+
+def _time_lines(
+    job: JobSpec, shape: ModelShape, cluster: Cluster, facts: Facts | None, price: float | None
+) -> list[str]:
+    lines = [
+        f"time       estimated at {ASSUMED_MFU:.0%} of the peak of {cluster.count} x {cluster.name}, "
+        f"up to {ASSUMED_HIDDEN:.0%} of the wire hidden behind it"
+    ]
     for stage in job.curriculum:
-        per_batch = stage.tokens_per_batch or job.tokens_per_batch
-        batches = _batches(stage, per_batch, facts)
-        if batches is None:
+        known = _seconds(job, stage, shape, cluster, facts)
+        if known is None:
             lines.append(f"  {stage.name}: known after `ernie prepare`")
             continue
-        flops = shape.flops_per_token(stage.sequence_length, adapter=job.model.adapter)
-        speed = ASSUMED_MFU * cluster.count * cluster.device.peak_flops / flops
-        asking = _asked_tokens(stage, batches * per_batch, facts) / (3 * speed)  # forward only
-        total += asking + batches * per_batch / speed
+        steps, asking = known
+        pace = estimate_pace(job, stage, shape, cluster)
+        waiting = f", {pace.waiting:.1%} of it waiting for the wire" if cluster.count > 1 else ""
         before = f", after {duration(asking)} of asking what the model says now" if asking else ""
-        lines.append(f"  {stage.name}: {duration(batches * per_batch / speed)} at {speed:,.0f} tokens/s{before}")
-    known = not any("known after" in line for line in lines)
-    return [*lines, f"  together: {duration(total)}" + ("" if known else ", without the stages not known yet")]
+        lines.append(f"  {stage.name}: {duration(steps)} at {pace.tokens_per_second:,.0f} tokens/s{waiting}{before}")
+    total, all_known = _total(job, shape, cluster, facts)
+    if not total:
+        return lines
+    without = "" if all_known else ", without the stages not known yet"
+    lines.append(f"  together: {duration(total)}{without}")
+    hours = total / 3600 * cluster.count
+    energy = f"at most {hours * cluster.device.watts / 1000:,.0f} kWh, the devices alone"
+    cost = f", {hours * price:,.2f} at {price:g} an hour" if price is not None else ""
+    return [*lines, "", f"cost       {hours:,.1f} GPU hours{cost}; {energy}{without}"]
+
+
+def _seconds(
+    job: JobSpec, stage: StageSpec, shape: ModelShape, cluster: Cluster, facts: Facts | None
+) -> tuple[float, float] | None:
+    """Of its steps, and of asking about its pairs before them. None where only `ernie prepare` knows how many."""
+    per_batch = stage.tokens_per_batch or job.tokens_per_batch
+    batches = _batches(stage, per_batch, facts)
+    if batches is None:
+        return None
+    pace = estimate_pace(job, stage, shape, cluster).tokens_per_second
+    asking = _asked_tokens(stage, batches * per_batch, facts) / (3 * pace)  # forward only
+    return batches * per_batch / pace, asking
+
+
+def _total(job: JobSpec, shape: ModelShape, cluster: Cluster, facts: Facts | None) -> tuple[float, bool]:
+    """Seconds of the stages whose length is known; whether that is all of them."""
+    each = [_seconds(job, stage, shape, cluster, facts) for stage in job.curriculum]
+    return sum(sum(seconds) for seconds in each if seconds is not None), None not in each
+
+
+def _save_lines(job: JobSpec, shape: ModelShape, cluster: Cluster, node_lifetime: float) -> list[str]:
+    saves = estimate_saves(job, shape, cluster, node_lifetime)
+    lost = (saves.stop / saves.every + saves.every / 2 / saves.between_failures) if saves.every else 0.0
+    return [
+        f"saves      a checkpoint has {_size(saves.size)}; steps stand still {saves.stop:.2g} s for it, "
+        f"copied at {ASSUMED_COPY / 1e9:.0f} GB/s a GPU",
+        f"           with a failure every {duration(saves.between_failures)} on {cluster.nodes} node(s) save every "
+        f"{duration(saves.every)} (Young, Daly): {lost:.2%} of the time lost to saves and repeated steps",
+    ]
+
+
+def _scaling_lines(
+    job: JobSpec, shape: ModelShape, cluster: Cluster, facts: Facts | None, price: float | None
+) -> list[str]:
+    """The same job, its batches as they are, on 1 to 1,024 devices."""
+    rows = [("GPUs", "together", "efficiency", "memory", *(["cost"] if price is not None else []))]
+    alone: float | None = None
+    left_out = []
+    for count in _SCALES:
+        there = replace(cluster, count=count)
+        try:
+            total, _ = _total(job, shape, there, facts)
+            memory = max(estimate_memory(job, stage, shape, count).total for stage in job.curriculum)
+        except ValueError:
+            left_out.append(count)
+            continue
+        alone = alone or total * count
+        share = memory / cluster.device.memory
+        fits = f"{share:.0%}" if share < 1 else f"{share:.0%}, does not fit"
+        spent = [f"{total / 3600 * count * price:,.2f}"] if price is not None else []
+        rows.append((f"{count:,}", duration(total), f"{alone / (total * count):.0%}", fits, *spent))
+    lines = ["scaling    estimated, the batch as it is", *(f"  {line}" for line in table(rows))]
+    if left_out:
+        lines.append(f"  not on {', '.join(f'{count:,}' for count in left_out)}: the batch cannot be dealt out evenly")
+    return lines
 
 
 def _asked_tokens(stage: StageSpec, tokens: int, facts: Facts | None) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie_dist.spec.assets import find_asset
-from ernie_dist.spec.errors import RunDirError
+from ernie_dist.spec.errors import RunDirError, SpecError
 from ernie_dist.spec.job import JobSpec, load_job
 from ernie_dist.spec.lease import Vigil
 from ernie_dist.spec.run_files import best_checkpoint, checkpoint_step, complete_checkpoints
@@ -24,11 +24,15 @@ from launcher.submission import Submission, runs
 
 
 def plan(options: Namespace) -> None:
-    from launcher.plan import Cluster, describe
+    from launcher.estimate import Cluster
+    from launcher.plan import Wishes, describe
 
     cluster = Cluster.parse(options.gpus) if options.gpus else None
+    wishes = Wishes(options.price, options.mtbf, options.scaling)
+    if cluster is None and wishes != Wishes():
+        raise SpecError("--price, --mtbf and --scaling are about devices: name them with --gpus, e.g. 4xA100-80G")
     job = _load(options, ranks=cluster.count if cluster else options.ranks)
-    print("\n".join(describe(job, cluster)))
+    print("\n".join(describe(job, cluster, wishes=wishes)))
     missing = [pattern for source in job.sources.values() for pattern in source.paths if not _matches(pattern)]
     if missing:
         print(f"\nnot there yet: {', '.join(missing)}")

@@ -132,6 +132,11 @@ class ModelShape:
         router = self.moe_layers * self.experts * self.hidden_size
         return self.vocab_size * self.hidden_size + router + self._matrices(self.active_experts)
 
+    @property
+    def layer_weights(self) -> int:
+        """Weights of the matrices of all layers, every expert's among them."""
+        return self._matrices(self.experts)
+
     def adapter_parameters(self, adapter: AdapterSpec) -> int:
         """Weights of a LoRA adapter on every layer: rank x (inputs + outputs) per target, and DoRA's magnitudes."""
         hidden, attention, key_value, mlp = self.hidden_size, self.attention_width, self.key_value_width, self.mlp_width
