@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from ernie_dist.evaluate.page import render
 from ernie_dist.evaluate.questions import Fields, Question, choose_split, guess_layout, read_file, read_prepared
 from ernie_dist.evaluate.results import Judged, Results, compare_all, judge, table
 from ernie_dist.inference import Sampling
+from ernie_dist.pages import put
 from ernie_dist.spec.curriculum import SourceSpec
 from ernie_dist.spec.errors import DataError, SpecError
 from ernie_dist.spec.resolve import ResolvedJob
@@ -141,18 +141,12 @@ def _publish(results: Results, folder: Path, wanted: Wanted) -> Path:
     text = json.dumps(found, ensure_ascii=False, indent=1) + "\n"
     for path in {folder / "results.json", *([Path(wanted.json)] if wanted.json else [])}:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, text)
+        put(path, text)
     page = folder / "comparison.html"
-    _replace(page, render(found))
+    put(page, render(found))
     print("\n".join(table(results)))
     print(f"\npage     {page}\nresults  {wanted.json or folder / 'results.json'}")
     return page
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 # ----------------------------------------------------------------------------------------------------------- questions
