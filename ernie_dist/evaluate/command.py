@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
 from tqdm import tqdm
 
@@ -16,7 +15,15 @@ from ernie_dist.evaluate.asking import Candidate, How, ask
 from ernie_dist.evaluate.execution import Limits, check_confinement, pass_table
 from ernie_dist.evaluate.harness import check_tasks, run_tasks
 from ernie_dist.evaluate.page import render
-from ernie_dist.evaluate.questions import Fields, Question, choose_split, guess_layout, read_file, read_prepared
+from ernie_dist.evaluate.questions import (
+    Fields,
+    Question,
+    choose_split,
+    drawn,
+    guess_layout,
+    read_file,
+    read_prepared,
+)
 from ernie_dist.evaluate.results import Judged, Results, compare_all, judge, table
 from ernie_dist.inference import Sampling
 from ernie_dist.pages import put
@@ -77,9 +84,8 @@ def evaluate(wanted: Wanted) -> Path:
     run = Path(wanted.model) if (Path(wanted.model) / "job.json").is_file() else None
     own = run / "evaluation" if run else Path("evaluation") / Path(wanted.model).resolve().name
     folder = Path(wanted.to) if wanted.to else own
-    known = [] if tasks and wanted.data is None else _questions(wanted, run)
-    questions = _sampled(known, wanted)
-    how = _how(wanted, known)
+    questions, labels = ([], ()) if tasks and wanted.data is None else _questions(wanted, run)
+    how = _how(wanted, labels)
     candidates = _candidates(wanted, run)
     judged = [_judged(who, questions, how, wanted, names, ks, folder) for who in candidates]
     harness = {who.name: _benchmarks(who, tasks, wanted) for who in candidates if tasks}
@@ -89,14 +95,12 @@ def evaluate(wanted: Wanted) -> Path:
     return _publish(results, folder, wanted)
 
 
-def _how(wanted: Wanted, known: Sequence[Question]) -> How:
-    """`known`: all rows, also those left out by --limit: their labels can be given too."""
+def _how(wanted: Wanted, labels: tuple[str, ...]) -> How:
     sampling = Sampling(
         **{name: getattr(wanted, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")},
         repetition_penalty=wanted.repetition_penalty,
         seed=wanted.seed,
     )
-    labels = tuple(sorted({question.label for question in known if question.label is not None}))
     return How(sampling, wanted.samples, wanted.batch_size, labels)
 
 
@@ -152,7 +156,8 @@ def _publish(results: Results, folder: Path, wanted: Wanted) -> Path:
 # ----------------------------------------------------------------------------------------------------------- questions
 
 
-def _questions(wanted: Wanted, run: Path | None) -> list[Question]:
+def _questions(wanted: Wanted, run: Path | None) -> tuple[list[Question], tuple[str, ...]]:
+    """What is asked, and all labels of the file, those of rows that are not asked among them: they can be given too."""
     job = ResolvedJob.read(RunFiles(run).job) if run else None
     if wanted.source is not None:
         if job is None:
@@ -162,25 +167,26 @@ def _questions(wanted: Wanted, run: Path | None) -> list[Question]:
     if wanted.data is None:
         if job is None:
             raise SpecError("nothing to ask; give --data FILE (only a run directory has data of its own)")
-        return _of_run(job, wanted)
+        return _of_run(job, wanted), ()
     source, fields = _source(wanted, job)
-    questions = read_file(source, fields)
-    if wanted.split is None:
-        return questions
-    if job is None:
-        raise SpecError("--split: a file is read whole, unless MODEL_OR_RUN is a run that says how to split it")
-    chosen = choose_split(questions, wanted.split, source.split or job.spec.split)
-    if not chosen:
-        raise DataError(f"{wanted.data}: none of its {len(questions):,} rows is in the {wanted.split} split")
-    return chosen
+    chosen = known = read_file(source, fields)
+    if wanted.split is not None:
+        if job is None:
+            raise SpecError("--split: a file is read whole, unless MODEL_OR_RUN is a run that says how to split it")
+        chosen = choose_split(known, wanted.split, source.split or job.spec.split)
+        if not chosen:
+            raise DataError(f"{wanted.data}: none of its {len(known):,} rows is in the {wanted.split} split")
+    labels = tuple(sorted({question.label for question in known if question.label is not None}))
+    return [chosen[number] for number in drawn(len(chosen), wanted.limit, wanted.seed)], labels
 
 
 def _of_run(job: ResolvedJob, wanted: Wanted) -> list[Question]:
-    names = [wanted.source] if wanted.source else [name for name, one in job.sources.items() if one.kind == "chat"]
+    chats, pairs = ([name for name, one in job.sources.items() if one.kind == kind] for kind in ("chat", "preference"))
+    names = [wanted.source] if wanted.source else chats or pairs
     if not names:
         raise DataError("the run has no conversation sources, so there is nothing to ask; give --data FILE")
     for split in [wanted.split] if wanted.split else ["test", "validation"]:
-        questions = read_prepared(job, names, split)
+        questions = read_prepared(job, names, split, limit=wanted.limit, seed=wanted.seed)
         if questions:
             if split != (wanted.split or "test"):
                 print(f"the test split is empty; asking the {split} split, which the training was watched on")
@@ -202,26 +208,23 @@ def _source(wanted: Wanted, job: ResolvedJob | None) -> tuple[SourceSpec, Fields
     given = {name: getattr(wanted, name) for name in ("prompt", "response", "conversation", "label")}
     layout: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if "prompt" not in layout and "conversation" not in layout:
-        layout = {**guess_layout(wanted.data, wanted.encoding, answered=references is None), **layout}
+        _spec(wanted.data, wanted.encoding, text="text")  # the encoding, before anything is read in it
+        label = wanted.label or "label"
+        layout = {**guess_layout(wanted.data, wanted.encoding, label=label, answered=references is None), **layout}
     label = layout.pop("label", None)
     answered = "response" in layout or "conversation" in layout or label is not None
     if "prompt" in layout:
         layout["response"] = label or layout.get("response") or layout["prompt"]
     if wanted.system is not None:
         layout["system"] = wanted.system
+    return _spec(wanted.data, wanted.encoding, **layout), Fields(label, references, answered)
+
+
+def _spec(path: str, encoding: str, **layout: Any) -> SourceSpec:
     try:
-        source = SourceSpec(path=wanted.data, encoding=wanted.encoding, **layout)
+        return SourceSpec(path=path, encoding=encoding, **layout)
     except ValidationError as error:
-        raise SpecError(f"--data {wanted.data}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
-    return source, Fields(label, references, answered)
-
-
-def _sampled(questions: list[Question], wanted: Wanted) -> list[Question]:
-    """--limit rows drawn by the seed, in their order: files are often sorted by subject."""
-    if wanted.limit is None or wanted.limit >= len(questions):
-        return questions
-    chosen = np.random.default_rng(wanted.seed).choice(len(questions), wanted.limit, replace=False)
-    return [questions[number] for number in sorted(chosen.tolist())]
+        raise SpecError(f"--data {path}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
 def _metric_names(wanted: Wanted) -> list[str] | None:

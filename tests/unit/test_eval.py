@@ -13,15 +13,25 @@ import torch
 from ernie_dist.batch import Row, stack
 from ernie_dist.data.prepare import prepare
 from ernie_dist.data.resolve import resolve_prepared
+from ernie_dist.data.shard import PreparedSource
 from ernie_dist.data.tokenizer import train_and_publish
 from ernie_dist.evaluate.answer_loss import answer_losses, label_scores
 from ernie_dist.evaluate.asking import Candidate, How, ask
-from ernie_dist.evaluate.questions import Fields, Question, Renderer, choose_split, read_file, read_prepared
+from ernie_dist.evaluate.questions import (
+    Fields,
+    Question,
+    Renderer,
+    choose_split,
+    guess_layout,
+    read_file,
+    read_prepared,
+)
 from ernie_dist.inference import ChatModel, Sampling
 from ernie_dist.loading import load
 from ernie_dist.model.build import build_model
 from ernie_dist.model.loss import summed_loss
 from ernie_dist.spec.curriculum import SourceSpec, SplitSpec
+from ernie_dist.spec.errors import DataError
 from ernie_dist.spec.job import parse_job
 from ernie_dist.spec.resolve import ResolvedJob
 from ernie_dist.spec.training import ModelSpec
@@ -140,6 +150,46 @@ def test_an_interrupted_evaluation_goes_on(place: Path, questions: list[Question
     assert len(list(tmp_path.iterdir())) == 2  # asked in another way, kept apart
 
 
+def test_triples_and_pairs_are_read_and_held_out_as_the_run_does(place: Path, tmp_path: Path) -> None:
+    """Wordings of an entity that was trained on are no test of it, though their own hash would make them one."""
+    job = json.loads((place / "run" / "job.json").read_text(encoding="utf-8"))["spec"]
+    texts = pairs(60)
+    facts = [{"entity": one["ask"][:6], "attribute": "别名", "value": one["answer"]} for one in texts]
+    better = [{"prompt": one["ask"], "chosen": one["answer"], "rejected": "不知道。"} for one in texts]
+    sources = {
+        "facts": {
+            "path": str(write(tmp_path / "facts.jsonl", facts)),
+            "triples": {"make": "qa", "phrasings": 3, "hold_out": "entities"},
+        },
+        "better": {"path": str(write(tmp_path / "better.jsonl", better)), "preference": "pairs"},
+    }
+    stages = [
+        {**job["curriculum"][0], "sequence_length": 256, "mixture": {"facts": 1.0}},
+        {**job["curriculum"][0], "sequence_length": 256, "name": "dpo", "mixture": {"better": 1.0}, "dpo": {}},
+    ]
+    raw = {**job, "sources": sources, "curriculum": stages, "data_dir": str(tmp_path / "prepared")}
+    made = parse_job(raw, "test")
+    resolved = resolve_prepared(made, prepare(made, workers=1))
+    for name, count in (("facts", 180), ("better", 60)):
+        asked = read_file(made.sources[name])
+        assert len(asked) == count
+        for split in ("train", "test"):
+            prepared = {(one.text, one.reference) for one in read_prepared(resolved, [name], split)}
+            assert prepared == {(one.text, one.reference) for one in choose_split(asked, split, made.split)} != set()
+
+
+def test_of_a_large_split_only_what_is_asked_is_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = ResolvedJob.read(place / "run" / "job.json")
+    whole = read_prepared(job, ["qa"], "train")
+    read: list[int] = []
+    one = PreparedSource.read
+    monkeypatch.setattr(
+        PreparedSource, "read", lambda self, start, length: read.append(start) or one(self, start, length)
+    )
+    some = read_prepared(job, ["qa"], "train", limit=3, seed=1)
+    assert len(read) == len(some) == 3 and [question for question in whole if question in some] == some
+
+
 @pytest.mark.distributed
 def test_two_ranks_answer_as_one_does(place: Path, questions: list[Question], tmp_path: Path) -> None:
     who = Candidate(str(place / "run"))
@@ -193,6 +243,7 @@ WRONG = {
     ),
     "metric": ([{"input": "一", "output": "二"}], ["--metrics", "bleurt"], "unknown: bleurt"),
     "samples": ([{"input": "一", "output": "二"}], ["--samples", "3"], "give --temperature"),
+    "encoding": ([{"input": "一", "output": "二"}], ["--encoding", "gb-18030-x"], "unknown encoding"),
     "roles": ([{"messages": [{"role": "assistant", "content": "一"}]}], [], "turn 1 is by assistant"),
 }
 
@@ -234,10 +285,28 @@ def test_an_empty_split_says_so(place: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_references_may_stand_beside_the_prompts(tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl", [{"q": "一"}, {"q": "二"}])
-    (tmp_path / "refs.txt").write_text("甲\n乙\n", encoding="utf-8")
     source = SourceSpec(path=str(data), prompt="q", response="q")
-    found = read_file(source, Fields(references=tmp_path / "refs.txt"))
-    assert [(one.text, one.reference) for one in found] == [("一", "甲"), ("二", "乙")]
+    for text, encoding in (
+        ("甲\u2028丙\n乙\n", "utf-8"),
+        ("\ufeff甲\u2028丙\r\n乙", "utf-8"),
+        ("甲\u2028丙\n乙\n", "gb18030"),
+    ):
+        (tmp_path / "refs.txt").write_bytes(text.encode(encoding))
+        read = source if encoding == "utf-8" else source.model_copy(update={"encoding": encoding})
+        if read is not source:
+            data.write_bytes(data.read_text(encoding="utf-8").encode(encoding))
+        found = read_file(read, Fields(references=tmp_path / "refs.txt"))
+        assert [(one.text, one.reference) for one in found] == [("一", "甲\u2028丙"), ("二", "乙")]
+    data = write(tmp_path / "data.jsonl", [{"q": "一"}, {"q": "二"}])
+    with pytest.raises(DataError, match=r"refs.txt:1: undecodable bytes.* see --encoding"):
+        read_file(source, Fields(references=tmp_path / "refs.txt"))
+
+
+def test_a_label_of_another_name_tells_the_question(tmp_path: Path) -> None:
+    data = str(write(tmp_path / "data.jsonl", [{"text": "一", "intent": "查"}]))
+    assert guess_layout(data, "utf-8", label="intent") == {"prompt": "text", "label": "intent"}
+    with pytest.raises(DataError, match="--prompt FIELD --label FIELD"):
+        guess_layout(data, "utf-8")
 
 
 def test_splits_are_those_of_the_content(questions: list[Question]) -> None:
