@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from ernie_dist.evaluate.asking import Candidate, How, ask
+from ernie_dist.evaluate.asking import Candidate, How, ask, memory_named
 from ernie_dist.evaluate.execution import Limits, check_confinement, pass_table
 from ernie_dist.evaluate.harness import check_tasks, run_tasks
 from ernie_dist.evaluate.page import render
@@ -26,6 +26,7 @@ from ernie_dist.evaluate.questions import (
 )
 from ernie_dist.evaluate.results import Judged, Results, compare_all, judge, table
 from ernie_dist.inference import Sampling
+from ernie_dist.loading import placed
 from ernie_dist.pages import put
 from ernie_dist.spec.curriculum import SourceSpec
 from ernie_dist.spec.errors import DataError, SpecError
@@ -69,6 +70,8 @@ class Wanted:
     repetition_penalty: float = 1.0
     seed: int = 0
     ranks: int = 1
+    device: str | None = None
+    dtype: str | None = None
     tasks: str | None = None
     json: str | None = None
     to: str | None = None
@@ -77,6 +80,8 @@ class Wanted:
 def evaluate(wanted: Wanted) -> Path:
     """Asks, measures, writes and prints; returns the page. Raises SpecError or DataError."""
     names, ks, tasks = _metric_names(wanted), _ks(wanted), _parts(wanted.tasks)
+    _check_numbers(wanted)
+    place, numbers = placed(wanted.device, wanted.dtype)
     if names and "exec" in names and not wanted.exec_unconfined:
         check_confinement()
     if tasks:
@@ -90,8 +95,10 @@ def evaluate(wanted: Wanted) -> Path:
     judged = [_judged(who, questions, how, wanted, names, ks, folder) for who in candidates]
     harness = {who.name: _benchmarks(who, tasks, wanted) for who in candidates if tasks}
     tuned, base = judged[0], judged[1] if len(judged) > 1 else None
-    settings = {**asdict(wanted), "labels": list(how.labels)}
-    results = Results(tuned, base, questions, compare_all(tuned, base, wanted.seed), settings, harness)
+    used = {"labels": list(labels), "device": place.type, "dtype": str(numbers).removeprefix("torch.")}
+    results = Results(
+        tuned, base, questions, compare_all(tuned, base, wanted.seed), {**asdict(wanted), **used}, harness
+    )
     return _publish(results, folder, wanted)
 
 
@@ -105,7 +112,9 @@ def _how(wanted: Wanted, labels: tuple[str, ...]) -> How:
 
 
 def _benchmarks(who: Candidate, tasks: Sequence[str], wanted: Wanted) -> dict[str, Any]:
-    return run_tasks(who.open(None), tasks, batch_size=wanted.batch_size, limit=wanted.limit, seed=wanted.seed)
+    with memory_named(wanted.batch_size):
+        chat = who.open(wanted.device, wanted.dtype)
+        return run_tasks(chat, tasks, batch_size=wanted.batch_size, limit=wanted.limit, seed=wanted.seed)
 
 
 def _candidates(wanted: Wanted, run: Path | None) -> list[Candidate]:
@@ -130,7 +139,8 @@ def _judged(
 ) -> Judged:
     if not questions:
         return Judged(who.name, (), ())
-    asked = ask(who, questions, how, folder / "answers", ranks=wanted.ranks)
+    place = {"device": wanted.device, "dtype": wanted.dtype}
+    asked = ask(who, questions, how, folder / "answers", ranks=wanted.ranks, **place)
     passed: list[list[bool]] = []
     if names and "exec" in names:
         limits = Limits(seconds=wanted.exec_timeout, confined=not wanted.exec_unconfined)
@@ -225,6 +235,13 @@ def _spec(path: str, encoding: str, **layout: Any) -> SourceSpec:
         return SourceSpec(path=path, encoding=encoding, **layout)
     except ValidationError as error:
         raise SpecError(f"--data {path}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+
+
+def _check_numbers(wanted: Wanted) -> None:
+    if not 0 <= wanted.seed < 1 << 32:
+        raise SpecError(f"--seed {wanted.seed}: expected a whole number from 0 to {(1 << 32) - 1}")
+    if wanted.exec_timeout <= 0:
+        raise SpecError("--exec-timeout: expected more than 0, e.g. 10s")
 
 
 def _metric_names(wanted: Wanted) -> list[str] | None:

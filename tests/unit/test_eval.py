@@ -15,6 +15,7 @@ from ernie_dist.data.prepare import prepare
 from ernie_dist.data.resolve import resolve_prepared
 from ernie_dist.data.shard import PreparedSource
 from ernie_dist.data.tokenizer import train_and_publish
+from ernie_dist.evaluate import asking
 from ernie_dist.evaluate.answer_loss import answer_losses, label_scores
 from ernie_dist.evaluate.asking import Candidate, How, ask
 from ernie_dist.evaluate.questions import (
@@ -148,6 +149,25 @@ def test_an_interrupted_evaluation_goes_on(place: Path, questions: list[Question
     assert path.read_bytes() == before
     ask(who, some, replace(SHORT, sampling=Sampling(max_new_tokens=5)), tmp_path, device="cpu")
     assert len(list(tmp_path.iterdir())) == 2  # asked in another way, kept apart
+    ask(who, some, SHORT, tmp_path, device="cpu", dtype="bf16")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_kept_answers_are_those_of_the_weights(place: Path, tmp_path: Path) -> None:
+    """The base under an adapter, and the weights that a run began with, may be replaced in their folder."""
+    base, adapter, run = (tmp_path / name for name in ("base", "adapter", "run"))
+    for folder in (base, adapter, run):
+        folder.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}), encoding="utf-8")
+    raw = json.loads((place / "run" / "job.json").read_text(encoding="utf-8"))
+    raw["spec"]["model"] = {"from_pretrained": str(base)}
+    (run / "job.json").write_text(json.dumps(raw), encoding="utf-8")
+    candidates = [Candidate(str(adapter)), Candidate(str(run), before_training=True)]
+    known = []
+    for weights in (b"one", b"another"):
+        (base / "model.safetensors").write_bytes(weights)
+        known.append([who.fingerprint() for who in candidates])
+    assert all(one != other for one, other in zip(*known, strict=True))
 
 
 def test_triples_and_pairs_are_read_and_held_out_as_the_run_does(place: Path, tmp_path: Path) -> None:
@@ -190,6 +210,20 @@ def test_of_a_large_split_only_what_is_asked_is_read(place: Path, monkeypatch: p
     assert len(read) == len(some) == 3 and [question for question in whole if question in some] == some
 
 
+def test_both_models_compute_in_the_same_numbers(place: Path, tmp_path: Path) -> None:
+    """In bf16 a model before training is what its weights in a folder would be: a router stays in fp32."""
+    for before in (True, False):
+        assert Candidate(str(place / "run"), before_training=before).open("cpu", "bf16").model.dtype == torch.bfloat16
+    experts = {"moe_num_experts": 4, "moe_intermediate_size": 16, "moe_k": 2, "moe_layer_end_index": 1}
+    spec = ModelSpec(preset="ernie-4.5-21b-a3b", override={**SMALL, "num_key_value_heads": 2, **experts})
+    drawn = build_model(spec, 64, 0, attn_implementation="sdpa", dtype=torch.bfloat16)
+    build_model(spec, 64, 0, attn_implementation="sdpa").save_pretrained(tmp_path)
+    opened = type(drawn).from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    assert {value.dtype for value in opened.values()} == {torch.bfloat16, torch.float32}
+    for name, value in drawn.state_dict().items():
+        assert value.dtype == opened[name].dtype and torch.equal(value, opened[name]), name
+
+
 @pytest.mark.distributed
 def test_two_ranks_answer_as_one_does(place: Path, questions: list[Question], tmp_path: Path) -> None:
     who = Candidate(str(place / "run"))
@@ -215,6 +249,17 @@ def test_the_verb_asks_both_models_and_writes_what_it_found(
     assert base != tuned  # two models
     page = (tmp_path / "comparison.html").read_text(encoding="utf-8")
     assert found["answers"][0]["question"] in page and "http" not in page
+
+
+def test_a_gpu_without_memory_left_is_no_bug(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr(asking, "answer_losses", full)
+    assert main(["eval", str(place / "run"), "--device", "cpu", "--to", str(tmp_path)]) == 2
+    assert "16 rows were asked at once: lower --batch-size" in capsys.readouterr().err
 
 
 def test_classification_stays_within_the_labels(place: Path, tmp_path: Path) -> None:
@@ -244,6 +289,9 @@ WRONG = {
     "metric": ([{"input": "一", "output": "二"}], ["--metrics", "bleurt"], "unknown: bleurt"),
     "samples": ([{"input": "一", "output": "二"}], ["--samples", "3"], "give --temperature"),
     "encoding": ([{"input": "一", "output": "二"}], ["--encoding", "gb-18030-x"], "unknown encoding"),
+    "seed": ([{"input": "一", "output": "二"}], ["--seed", "-1", "--limit", "1"], "--seed -1: expected"),
+    "no time": ([{"input": "一", "tests": "二"}], ["--exec-timeout", "0s"], "--exec-timeout: expected more than 0"),
+    "device": ([{"input": "一", "output": "二"}], ["--device", "cudnn"], "device cudnn: cannot be used here"),
     "roles": ([{"messages": [{"role": "assistant", "content": "一"}]}], [], "turn 1 is by assistant"),
 }
 
