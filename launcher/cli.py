@@ -194,7 +194,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=["fp32", "bf16", "fp16"], help="of both models (default: bf16 on a GPU, else fp32)")
     add("--tasks", metavar="A,B", help="benchmarks of lm-evaluation-harness")
     add("--json", metavar="OUT", help="where the results go as well")
-    add("--to", metavar="DIR", help="folder to write (RUN/evaluation, or evaluation/NAME)")
+    add("--to", metavar="DIR", help="folder to write (one of its own in RUN/evaluation or evaluation)")
 
 
 def _positive(text: str) -> int:

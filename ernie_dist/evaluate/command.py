@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from ernie_dist.evaluate.questions import (
     read_file,
     read_prepared,
 )
-from ernie_dist.evaluate.results import Judged, Results, compare_all, judge, table
+from ernie_dist.evaluate.results import METRICS, Judged, Results, compare_all, judge, refuse_impossible, table
 from ernie_dist.inference import Sampling
 from ernie_dist.loading import placed
 from ernie_dist.pages import put
@@ -33,10 +35,9 @@ from ernie_dist.spec.errors import DataError, SpecError
 from ernie_dist.spec.resolve import ResolvedJob
 from ernie_dist.spec.run_files import RunFiles
 
-METRICS = (
-    *("bleu", "rouge_l_chars", "rouge_l_words", "chrf", "exact_match", "token_f1"),
-    *("accuracy", "macro_f1", "exec", "loss", "perplexity", "distinct_1", "distinct_2", "length", "stop_rate"),
-)
+_CHANGES_NO_NUMBER = ("ranks", "json", "to")
+_NAMES = ("model", "against", "adapter", "data", "references")
+"""options that may name a file or a folder"""
 
 
 @dataclass(frozen=True)
@@ -87,27 +88,48 @@ def evaluate(wanted: Wanted) -> Path:
     if tasks:
         check_tasks(tasks)
     run = Path(wanted.model) if (Path(wanted.model) / "job.json").is_file() else None
-    own = run / "evaluation" if run else Path("evaluation") / Path(wanted.model).resolve().name
-    folder = Path(wanted.to) if wanted.to else own
+    root = Path(wanted.to) if wanted.to else run / "evaluation" if run else Path("evaluation")
     questions, labels = ([], ()) if tasks and wanted.data is None else _questions(wanted, run)
-    how = _how(wanted, labels)
+    if names and questions:
+        refuse_impossible(names, questions)
+    how = _how(wanted, names, labels)
     candidates = _candidates(wanted, run)
-    judged = [_judged(who, questions, how, wanted, names, ks, folder) for who in candidates]
+    judged = [_judged(who, questions, how, wanted, names, ks, root / "answers") for who in candidates]
     harness = {who.name: _benchmarks(who, tasks, wanted) for who in candidates if tasks}
     tuned, base = judged[0], judged[1] if len(judged) > 1 else None
     used = {"labels": list(labels), "device": place.type, "dtype": str(numbers).removeprefix("torch.")}
     results = Results(
         tuned, base, questions, compare_all(tuned, base, wanted.seed), {**asdict(wanted), **used}, harness
     )
-    return _publish(results, folder, wanted)
+    return _publish(results, root if wanted.to else root / _own_name(wanted, run), wanted)
 
 
-def _how(wanted: Wanted, labels: tuple[str, ...]) -> How:
+def _own_name(wanted: Wanted, run: Path | None) -> str:
+    """A folder for each way of asking, so that no result takes the place of another one; of a run as it is, none."""
+    given: dict[str, Any] = {
+        name: value
+        for name, value in asdict(wanted).items()
+        if value != getattr(Wanted, name, None) and name not in _CHANGES_NO_NUMBER
+    }
+    if run is not None and set(given) == {"model"}:
+        return ""
+    for name in set(_NAMES) & set(given):
+        given[name] = str(Path(given[name]).resolve()) if Path(given[name]).exists() else given[name]
+    asked = [Path(wanted.data).stem] if wanted.data else [name for name in given if name != "model"]
+    code = hashlib.sha256(json.dumps(given, sort_keys=True).encode("utf-8", "replace")).hexdigest()[:8]
+    words = [*([] if run else [Path(given["model"]).name]), *asked, code]
+    return re.sub(r"[^\w.-]+", "-", "-".join(words))
+
+
+def _how(wanted: Wanted, names: list[str] | None, labels: tuple[str, ...]) -> How:
+    """Nothing is asked for what only references cost."""
     sampling = Sampling(
         **{name: getattr(wanted, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")},
         repetition_penalty=wanted.repetition_penalty,
         seed=wanted.seed,
     )
+    if names and all(METRICS[name] == "losses" for name in names):
+        return How(sampling, 0, wanted.batch_size)
     return How(sampling, wanted.samples, wanted.batch_size, labels)
 
 
@@ -135,12 +157,11 @@ def _judged(
     wanted: Wanted,
     names: list[str] | None,
     ks: Sequence[int],
-    folder: Path,
+    answers: Path,
 ) -> Judged:
     if not questions:
         return Judged(who.name, (), ())
-    place = {"device": wanted.device, "dtype": wanted.dtype}
-    asked = ask(who, questions, how, folder / "answers", ranks=wanted.ranks, **place)
+    asked = ask(who, questions, how, answers, ranks=wanted.ranks, device=wanted.device, dtype=wanted.dtype)
     passed: list[list[bool]] = []
     if names and "exec" in names:
         limits = Limits(seconds=wanted.exec_timeout, confined=not wanted.exec_unconfined)

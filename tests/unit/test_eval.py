@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ernie_dist.data.shard import PreparedSource
 from ernie_dist.data.tokenizer import train_and_publish
 from ernie_dist.evaluate import asking
 from ernie_dist.evaluate.answer_loss import answer_losses, label_scores
-from ernie_dist.evaluate.asking import Candidate, How, ask
+from ernie_dist.evaluate.asking import Asked, Candidate, How, ask
 from ernie_dist.evaluate.questions import (
     Fields,
     Question,
@@ -27,6 +28,7 @@ from ernie_dist.evaluate.questions import (
     read_file,
     read_prepared,
 )
+from ernie_dist.evaluate.results import OTHER_TOKENS, Results, compare_all, judge, table, verdict
 from ernie_dist.inference import ChatModel, Sampling
 from ernie_dist.loading import load
 from ernie_dist.model.build import build_model
@@ -251,6 +253,47 @@ def test_the_verb_asks_both_models_and_writes_what_it_found(
     assert found["answers"][0]["question"] in page and "http" not in page
 
 
+def test_no_result_takes_the_place_of_another(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Models of one name, files of one name, a file after the test split. For loss alone nothing is generated."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ChatModel, "answers", None)
+    models = [tmp_path / name / "export" for name in "ab"]
+    files = []
+    for model in models:
+        model.parent.mkdir()
+        shutil.copytree(place / "run" / "export", model)
+        files.append(write(model.parent / "exam.jsonl", [{"input": "天", "output": "地"}]))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "job.json").symlink_to(place / "run" / "job.json")
+    (run / "export").symlink_to(place / "run" / "export")
+    asked = [["--data", str(file)] for file in files]
+    commands = [[str(model), *data] for model in models for data in asked] + [[str(run)], [str(run), *asked[0]]]
+    for command in [*commands, commands[0]]:
+        assert main(["eval", *command, "--metrics", "loss,perplexity"]) == 0
+    found = [*(tmp_path / "evaluation").glob("*/results.json"), *(run / "evaluation").glob("**/results.json")]
+    assert len(found) == len(commands)
+    assert "exam-" in capsys.readouterr().out
+    row = json.loads(found[0].read_text(encoding="utf-8"))["answers"][0]["tuned"]
+    assert row["answer"] is None and row["metrics"]["loss"] > 0
+
+
+def test_losses_per_token_are_compared_where_tokens_are_the_same() -> None:
+    questions = [Question("天", "地")] * 3
+    fine, coarse = (
+        judge("t", questions, [Asked(n, ("地",), (1,), (True,), 2.0 * n, count) for n in range(3)], None)
+        for count in (4, 2)
+    )
+    verdicts = {one.name: verdict(one) for one in compare_all(fine, coarse, seed=0)}
+    assert {name for name, said in verdicts.items() if said == OTHER_TOKENS} == {"loss", "perplexity", "length"}
+    assert "cut text into different ones" in "\n".join(
+        table(Results(fine, coarse, questions, compare_all(fine, coarse, 0)))
+    )
+    assert OTHER_TOKENS not in map(verdict, compare_all(fine, fine, seed=0))
+
+
 def test_a_gpu_without_memory_left_is_no_bug(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,6 +331,13 @@ WRONG = {
     ),
     "metric": ([{"input": "一", "output": "二"}], ["--metrics", "bleurt"], "unknown: bleurt"),
     "samples": ([{"input": "一", "output": "二"}], ["--samples", "3"], "give --temperature"),
+    "nothing to compare with": ([{"input": "一", "tests": "二"}], ["--metrics", "bleu"], "the rows hold no reference"),
+    "not classified": ([{"input": "一", "output": "二"}], ["--metrics", "accuracy"], "the rows have no label"),
+    "classified": (
+        [{"input": "一", "label": "二"}],
+        ["--metrics", "loss,bleu"],
+        "--metrics bleu: the rows are classified",
+    ),
     "encoding": ([{"input": "一", "output": "二"}], ["--encoding", "gb-18030-x"], "unknown encoding"),
     "seed": ([{"input": "一", "output": "二"}], ["--seed", "-1", "--limit", "1"], "--seed -1: expected"),
     "no time": ([{"input": "一", "tests": "二"}], ["--exec-timeout", "0s"], "--exec-timeout: expected more than 0"),
