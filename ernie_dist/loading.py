@@ -32,19 +32,10 @@ def load(
     `adapter` is put on top of `model`. `device` (cpu, cuda, cuda:1) and `dtype` (fp32, bf16, fp16) default to a GPU and
     bf16 where there is one, else CPU and fp32. Raises SpecError with what is missing.
     """
-    folder = _export_of(Path(model))
-    if adapter is None and (folder / "adapter_config.json").is_file():
-        model, adapter = _base_of(folder), folder
-        folder = Path(model)
-    name = str(folder) if folder.is_dir() else str(model)
-    if not folder.is_dir() and (Path(model).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise SpecError(f"{model}: no such model folder; give a folder, a run directory or a hub id")
+    name, adapter = parts(model, adapter)
     known = _exported_base(Path(adapter)) if adapter is not None else {}
     revision = known.get("revision") if name == known.get("model") else None
-    device = _usable(device)
-    if dtype not in (None, *_DTYPES):
-        raise SpecError(f"dtype is {dtype}, expected {', '.join(_DTYPES)}")
-    wanted = _DTYPES[dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    device, wanted = placed(device, dtype)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             name,
@@ -67,6 +58,26 @@ def load(
         raise EnvironmentProblem(
             f"{shown}: does not fit into the memory of {device} as it is; give a smaller dtype, another device, or cpu"
         ) from None
+
+
+def parts(model: str | Path, adapter: str | Path | None = None) -> tuple[str, str | Path | None]:
+    """What `load` reads: a model folder or a hub id, and the folder of the adapter on top of it. Raises SpecError."""
+    folder = _export_of(Path(model))
+    if adapter is None and (folder / "adapter_config.json").is_file():
+        model, adapter = _base_of(folder), folder
+        folder = Path(model)
+    name = str(folder) if folder.is_dir() else str(model)
+    if not folder.is_dir() and (Path(model).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise SpecError(f"{model}: no such model folder; give a folder, a run directory or a hub id")
+    return name, adapter
+
+
+def placed(device: str | None = None, dtype: str | None = None) -> tuple[torch.device, torch.dtype]:
+    """Where a model computes and in which numbers; see `load`. Raises SpecError for what cannot be had here."""
+    found = _usable(device)
+    if dtype not in (None, *_DTYPES):
+        raise SpecError(f"dtype is {dtype}, expected {', '.join(_DTYPES)}")
+    return found, _DTYPES[dtype or ("bf16" if found.type == "cuda" else "fp32")]
 
 
 def _usable(device: str | None) -> torch.device:

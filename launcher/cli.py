@@ -182,7 +182,7 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     add("--response", metavar="FIELD", help="field or template of the reference")
     add("--system", metavar="FIELD", help="field or template of the system prompt")
     add("--conversation", choices=["messages", "alpaca", "sharegpt", "erniekit"], help="layout of conversation rows")
-    add("--encoding", default="utf-8", help="of FILE (utf-8)")
+    add("--encoding", default="utf-8", help="of FILE, and of references (utf-8)")
     add("--label", metavar="FIELD", help="classify: choose among the labels that occur in this field")
     add("--references", metavar="FILE", help="references, one in each line, where the rows of FILE hold none")
     add("--metrics", metavar="A,B", help="only these (default: all that the rows allow); exec runs code against tests")
@@ -199,9 +199,11 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     add("--exec-timeout", type=_seconds, default=10.0, metavar="TIME", help="for the tests of one answer (10s)")
     add("--exec-unconfined", action="store_true", help="run code although this machine cannot confine it")
     add("--ranks", type=_positive, default=1, metavar="N", help="processes, a GPU each (1)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    add("--dtype", choices=["fp32", "bf16", "fp16"], help="of both models (default: bf16 on a GPU, else fp32)")
     add("--tasks", metavar="A,B", help="benchmarks of lm-evaluation-harness")
     add("--json", metavar="OUT", help="where the results go as well")
-    add("--to", metavar="DIR", help="folder to write (RUN/evaluation, or evaluation/NAME)")
+    add("--to", metavar="DIR", help="folder to write (one of its own in RUN/evaluation or evaluation)")
 
 
 def _positive(text: str) -> int:

@@ -11,22 +11,31 @@ import hashlib
 import json
 import multiprocessing
 import os
+import platform
 import queue
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers.utils import cached_file
 
 from ernie_dist.evaluate.answer_loss import answer_losses, label_scores
 from ernie_dist.evaluate.generation import untrained
 from ernie_dist.evaluate.questions import Question, Rendered, Renderer
 from ernie_dist.inference import ChatModel, Sampling
-from ernie_dist.loading import load
+from ernie_dist.loading import load, parts, placed
 from ernie_dist.spec.errors import DataError, EnvironmentProblem, ErnieError
+from ernie_dist.spec.resolve import ResolvedJob
 from ernie_dist.spec.run_files import RunFiles
+
+FORMAT = 1
+"""of kept answers: raised when the same question would be asked or written down in another way"""
 
 
 @dataclass(frozen=True)
@@ -43,22 +52,30 @@ class Candidate:
             return f"{self.model} + {self.adapter}"
         return f"{self.model} before training" if self.before_training else self.model
 
-    def open(self, device: str | None) -> ChatModel:
+    def open(self, device: str | None, dtype: str | None) -> ChatModel:
         if self.before_training:
-            return untrained(Path(self.model), device)
-        return load(self.model, adapter=self.adapter, device=device)
+            return untrained(Path(self.model), device, dtype)
+        return load(self.model, adapter=self.adapter, device=device, dtype=dtype)
 
-    def fingerprint(self) -> str:
-        """Changes with the weights: names, sizes and times of the files that are loaded; of a hub id the name."""
-        folder = Path(self.model)
+    def fingerprint(self) -> list[Any]:
+        """Changes with the weights, those under an adapter among them. Raises SpecError if there are none."""
         if self.before_training:
-            return f"before {RunFiles(folder).job.read_text(encoding='utf-8')}"
-        if (folder / "job.json").is_file():
-            folder = RunFiles(folder).export
-        folders = [folder, *([Path(self.adapter)] if self.adapter else [])]
-        files = sorted(path for one in folders if one.is_dir() for path in one.iterdir() if path.is_file())
-        stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return f"{self.model} {stats}"
+            job = RunFiles(Path(self.model)).job
+            spec = ResolvedJob.read(job).spec.model
+            base = _contents(spec.from_pretrained, spec.revision) if spec.from_pretrained else None
+            return [job.read_text(encoding="utf-8"), base]
+        name, adapter = parts(self.model, self.adapter)
+        return [_contents(name), _contents(str(adapter)) if adapter else None]
+
+
+def _contents(name: str, revision: str | None = None) -> list[Any]:
+    """Of a folder names, sizes and times of its files; of a hub id the commit it stands for now."""
+    if Path(name).is_dir():
+        files = sorted(path for path in Path(name).resolve().iterdir() if path.is_file())
+        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    with suppress(OSError, ValueError):  # `load` says what is wrong with it
+        return [name, Path(str(cached_file(name, "config.json", revision=revision))).parent.name]
+    return [name, revision]
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,7 @@ class How:
 
     sampling: Sampling = field(default_factory=Sampling)
     samples: int = 1
-    """answers to each question"""
+    """answers to each question; 0: only what references cost"""
     batch_size: int = 16
     labels: tuple[str, ...] = ()
     """not empty: the answer is the likeliest of these, and nothing is generated"""
@@ -87,18 +104,28 @@ class Asked:
     loss_tokens: int
     scores: tuple[float, ...] = ()
     """log p of each label"""
+    prompt_tokens: int = 0
 
 
 def ask(
-    who: Candidate, questions: Sequence[Question], how: How, folder: Path, *, ranks: int = 1, device: str | None = None
+    who: Candidate,
+    questions: Sequence[Question],
+    how: How,
+    folder: Path,
+    *,
+    ranks: int = 1,
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> list[Asked]:
     """What `who` makes of every question, in their order. What an interrupted call has written is not asked again.
 
-    Raises DataError or SpecError where the model cannot be asked, EnvironmentProblem where a rank dies.
+    Raises DataError or SpecError where the model cannot be asked, EnvironmentProblem where a rank dies or a GPU's
+    memory is not enough.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    key = _key(who, questions, how)
-    task = _Task(who, tuple(questions), how, str(folder / key), device)
+    place, numbers = placed(device, dtype)
+    key = _key(who, questions, how, place.type, str(numbers))
+    task = _Task(who, tuple(questions), how, str(folder / key), str(place), dtype)
     done = read_answers(folder, key)
     with tqdm(total=len(questions), initial=len(done), desc=f"asking {who.name}", unit="row", leave=False) as bar:
         if len(done) < len(questions):
@@ -133,17 +160,48 @@ class _Task:
     questions: tuple[Question, ...]
     how: How
     path: str
-    device: str | None
+    device: str
+    dtype: str | None
 
 
-def _key(who: Candidate, questions: Sequence[Question], how: How) -> str:
-    what = [who.fingerprint(), asdict(how), [asdict(question) for question in questions]]
+def _key(who: Candidate, questions: Sequence[Question], how: How, *place: str) -> str:
+    """All that decides answers: what was kept under another key is not looked at."""
+    by = versions("ernie_dist", "torch", "transformers", "tokenizers", "peft")
+    what = [FORMAT, by, who.fingerprint(), *place, asdict(how), [asdict(question) for question in questions]]
     return hashlib.sha256(json.dumps(what, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python and of those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+@contextmanager
+def memory_named(batch_size: int) -> Iterator[None]:
+    """A GPU without memory left is a setting, not a bug: raises EnvironmentProblem."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentProblem(
+            f"{str(error).splitlines()[0]} {batch_size} rows were asked at once: lower --batch-size, or choose another "
+            "GPU with --device"
+        ) from None
 
 
 def _work(task: _Task, done: frozenset[int], rank: int, ranks: int, progress: Callable[[int], object]) -> None:
     """The batches of one rank, each written when it is finished."""
-    chat = task.who.open(task.device)
+    with memory_named(task.how.batch_size):
+        chat = task.who.open(task.device, task.dtype)
+        _ask_batches(chat, task, done, rank, ranks, progress)
+
+
+def _ask_batches(
+    chat: ChatModel, task: _Task, done: frozenset[int], rank: int, ranks: int, progress: Callable[[int], object]
+) -> None:
     render = Renderer(chat.tokenizer, chat.name)
     rows = [render(question) for question in task.questions]
     _check_lengths(chat, rows, task)
@@ -165,7 +223,7 @@ def _work(task: _Task, done: frozenset[int], rank: int, ranks: int, progress: Ca
 
 
 def _check_lengths(chat: ChatModel, rows: Sequence[Rendered], task: _Task) -> None:
-    extra = 0 if task.how.labels else task.how.sampling.max_new_tokens
+    extra = 0 if task.how.labels or not task.how.samples else task.how.sampling.max_new_tokens
     for row, question in zip(rows, task.questions, strict=True):
         if len(row.prompt) + extra > chat.context or len(row.ids) > chat.context:
             raise DataError(
@@ -198,6 +256,7 @@ def _batch(
             tuple(answers[at].tokens for answers in tries),
             tuple(answers[at].stopped for answers in tries),
             *losses[at],
+            prompt_tokens=len(prompts[at]),
         )
         for at, one in enumerate(batch)
     ]
@@ -205,21 +264,30 @@ def _batch(
 
 def _classified(chat: ChatModel, render: Renderer, task: _Task, number: int, loss: tuple[float | None, int]) -> Asked:
     labels = task.how.labels
-    scores = label_scores(chat, [render.said(task.questions[number], label) for label in labels])
-    return Asked(number, (labels[int(scores.argmax())],), (0,), (True,), *loss, tuple(scores.tolist()))
+    rows = [render.said(task.questions[number], label) for label in labels]
+    scores = label_scores(chat, rows)
+    best = labels[int(scores.argmax())]
+    return Asked(number, (best,), (0,), (True,), *loss, tuple(scores.tolist()), len(rows[0].prompt))
 
 
 # ------------------------------------------------------------------------------------------------------- several ranks
 
 
 def _in_processes(task: _Task, done: frozenset[int], ranks: int, progress: Callable[[int], object]) -> None:
-    if torch.cuda.is_available() and ranks > torch.cuda.device_count():
+    if task.device == "cuda" and ranks > torch.cuda.device_count():
         raise EnvironmentProblem(f"{torch.cuda.device_count()} GPU(s) here and {ranks} ranks; lower --ranks")
     context = multiprocessing.get_context("spawn")
     news: Any = context.Queue()
-    processes = [context.Process(target=_rank, args=(task, done, rank, ranks, news)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
+    processes = [
+        context.Process(target=_rank, args=(task, done, rank, ranks, news), daemon=True) for rank in range(ranks)
+    ]
+    # Children inherit the mask: Ctrl-C reaches every process, and this one ends the others without their tracebacks.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for process in processes:
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         running = set(range(ranks))
         while running:
@@ -245,9 +313,9 @@ def _in_processes(task: _Task, done: frozenset[int], ranks: int, progress: Calla
 
 
 def _rank(task: _Task, done: frozenset[int], rank: int, ranks: int, news: Any) -> None:
-    if torch.cuda.is_available():
+    if task.device == "cuda":
         task = replace(task, device=f"cuda:{rank}")
-    else:
+    elif task.device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     try:
         _work(task, done, rank, ranks, lambda count: news.put((rank, count)))

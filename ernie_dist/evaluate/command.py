@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from ernie_dist.evaluate.asking import Candidate, How, ask
+from ernie_dist.evaluate.asking import Candidate, How, ask, memory_named
 from ernie_dist.evaluate.execution import Limits, check_confinement, pass_table
 from ernie_dist.evaluate.harness import check_tasks, run_tasks
 from ernie_dist.evaluate.page import render
-from ernie_dist.evaluate.questions import Fields, Question, choose_split, guess_layout, read_file, read_prepared
-from ernie_dist.evaluate.results import Judged, Results, compare_all, judge, table
+from ernie_dist.evaluate.questions import (
+    Fields,
+    Question,
+    choose_split,
+    drawn,
+    guess_layout,
+    read_file,
+    read_prepared,
+)
+from ernie_dist.evaluate.results import METRICS, Judged, Results, compare_all, judge, refuse_impossible, table
 from ernie_dist.inference import Sampling
+from ernie_dist.loading import placed
+from ernie_dist.pages import put
 from ernie_dist.spec.curriculum import SourceSpec
 from ernie_dist.spec.errors import DataError, SpecError
 from ernie_dist.spec.resolve import ResolvedJob
 from ernie_dist.spec.run_files import RunFiles
 
-METRICS = (
-    *("bleu", "rouge_l_chars", "rouge_l_words", "chrf", "exact_match", "token_f1"),
-    *("accuracy", "macro_f1", "exec", "loss", "perplexity", "distinct_1", "distinct_2", "length", "stop_rate"),
-)
+_CHANGES_NO_NUMBER = ("ranks", "json", "to")
+_NAMES = ("model", "against", "adapter", "data", "references")
+"""options that may name a file or a folder"""
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,8 @@ class Wanted:
     repetition_penalty: float = 1.0
     seed: int = 0
     ranks: int = 1
+    device: str | None = None
+    dtype: str | None = None
     tasks: str | None = None
     json: str | None = None
     to: str | None = None
@@ -70,38 +81,62 @@ class Wanted:
 def evaluate(wanted: Wanted) -> Path:
     """Asks, measures, writes and prints; returns the page. Raises SpecError or DataError."""
     names, ks, tasks = _metric_names(wanted), _ks(wanted), _parts(wanted.tasks)
+    _check_numbers(wanted)
+    place, numbers = placed(wanted.device, wanted.dtype)
     if names and "exec" in names and not wanted.exec_unconfined:
         check_confinement()
     if tasks:
         check_tasks(tasks)
     run = Path(wanted.model) if (Path(wanted.model) / "job.json").is_file() else None
-    own = run / "evaluation" if run else Path("evaluation") / Path(wanted.model).resolve().name
-    folder = Path(wanted.to) if wanted.to else own
-    known = [] if tasks and wanted.data is None else _questions(wanted, run)
-    questions = _sampled(known, wanted)
-    how = _how(wanted, known)
+    root = Path(wanted.to) if wanted.to else run / "evaluation" if run else Path("evaluation")
+    questions, labels = ([], ()) if tasks and wanted.data is None else _questions(wanted, run)
+    if names and questions:
+        refuse_impossible(names, questions)
+    how = _how(wanted, names, labels)
     candidates = _candidates(wanted, run)
-    judged = [_judged(who, questions, how, wanted, names, ks, folder) for who in candidates]
+    judged = [_judged(who, questions, how, wanted, names, ks, root / "answers") for who in candidates]
     harness = {who.name: _benchmarks(who, tasks, wanted) for who in candidates if tasks}
     tuned, base = judged[0], judged[1] if len(judged) > 1 else None
-    settings = {**asdict(wanted), "labels": list(how.labels)}
-    results = Results(tuned, base, questions, compare_all(tuned, base, wanted.seed), settings, harness)
-    return _publish(results, folder, wanted)
+    used = {"labels": list(labels), "device": place.type, "dtype": str(numbers).removeprefix("torch.")}
+    results = Results(
+        tuned, base, questions, compare_all(tuned, base, wanted.seed), {**asdict(wanted), **used}, harness
+    )
+    return _publish(results, root if wanted.to else root / _own_name(wanted, run), wanted)
 
 
-def _how(wanted: Wanted, known: Sequence[Question]) -> How:
-    """`known`: all rows, also those left out by --limit: their labels can be given too."""
+def _own_name(wanted: Wanted, run: Path | None) -> str:
+    """A folder for each way of asking, so that no result takes the place of another one; of a run as it is, none."""
+    given: dict[str, Any] = {
+        name: value
+        for name, value in asdict(wanted).items()
+        if value != getattr(Wanted, name, None) and name not in _CHANGES_NO_NUMBER
+    }
+    if run is not None and set(given) == {"model"}:
+        return ""
+    for name in set(_NAMES) & set(given):
+        given[name] = str(Path(given[name]).resolve()) if Path(given[name]).exists() else given[name]
+    asked = [Path(wanted.data).stem] if wanted.data else [name for name in given if name != "model"]
+    code = hashlib.sha256(json.dumps(given, sort_keys=True).encode("utf-8", "replace")).hexdigest()[:8]
+    words = [*([] if run else [Path(given["model"]).name]), *asked, code]
+    return re.sub(r"[^\w.-]+", "-", "-".join(words))
+
+
+def _how(wanted: Wanted, names: list[str] | None, labels: tuple[str, ...]) -> How:
+    """Nothing is asked for what only references cost."""
     sampling = Sampling(
         **{name: getattr(wanted, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")},
         repetition_penalty=wanted.repetition_penalty,
         seed=wanted.seed,
     )
-    labels = tuple(sorted({question.label for question in known if question.label is not None}))
+    if names and all(METRICS[name] == "losses" for name in names):
+        return How(sampling, 0, wanted.batch_size)
     return How(sampling, wanted.samples, wanted.batch_size, labels)
 
 
 def _benchmarks(who: Candidate, tasks: Sequence[str], wanted: Wanted) -> dict[str, Any]:
-    return run_tasks(who.open(None), tasks, batch_size=wanted.batch_size, limit=wanted.limit, seed=wanted.seed)
+    with memory_named(wanted.batch_size):
+        chat = who.open(wanted.device, wanted.dtype)
+        return run_tasks(chat, tasks, batch_size=wanted.batch_size, limit=wanted.limit, seed=wanted.seed)
 
 
 def _candidates(wanted: Wanted, run: Path | None) -> list[Candidate]:
@@ -122,11 +157,11 @@ def _judged(
     wanted: Wanted,
     names: list[str] | None,
     ks: Sequence[int],
-    folder: Path,
+    answers: Path,
 ) -> Judged:
     if not questions:
         return Judged(who.name, (), ())
-    asked = ask(who, questions, how, folder / "answers", ranks=wanted.ranks)
+    asked = ask(who, questions, how, answers, ranks=wanted.ranks, device=wanted.device, dtype=wanted.dtype)
     passed: list[list[bool]] = []
     if names and "exec" in names:
         limits = Limits(seconds=wanted.exec_timeout, confined=not wanted.exec_unconfined)
@@ -141,24 +176,19 @@ def _publish(results: Results, folder: Path, wanted: Wanted) -> Path:
     text = json.dumps(found, ensure_ascii=False, indent=1) + "\n"
     for path in {folder / "results.json", *([Path(wanted.json)] if wanted.json else [])}:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, text)
+        put(path, text)
     page = folder / "comparison.html"
-    _replace(page, render(found))
+    put(page, render(found))
     print("\n".join(table(results)))
     print(f"\npage     {page}\nresults  {wanted.json or folder / 'results.json'}")
     return page
 
 
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
 # ----------------------------------------------------------------------------------------------------------- questions
 
 
-def _questions(wanted: Wanted, run: Path | None) -> list[Question]:
+def _questions(wanted: Wanted, run: Path | None) -> tuple[list[Question], tuple[str, ...]]:
+    """What is asked, and all labels of the file, those of rows that are not asked among them: they can be given too."""
     job = ResolvedJob.read(RunFiles(run).job) if run else None
     if wanted.source is not None:
         if job is None:
@@ -168,25 +198,26 @@ def _questions(wanted: Wanted, run: Path | None) -> list[Question]:
     if wanted.data is None:
         if job is None:
             raise SpecError("nothing to ask; give --data FILE (only a run directory has data of its own)")
-        return _of_run(job, wanted)
+        return _of_run(job, wanted), ()
     source, fields = _source(wanted, job)
-    questions = read_file(source, fields)
-    if wanted.split is None:
-        return questions
-    if job is None:
-        raise SpecError("--split: a file is read whole, unless MODEL_OR_RUN is a run that says how to split it")
-    chosen = choose_split(questions, wanted.split, source.split or job.spec.split)
-    if not chosen:
-        raise DataError(f"{wanted.data}: none of its {len(questions):,} rows is in the {wanted.split} split")
-    return chosen
+    chosen = known = read_file(source, fields)
+    if wanted.split is not None:
+        if job is None:
+            raise SpecError("--split: a file is read whole, unless MODEL_OR_RUN is a run that says how to split it")
+        chosen = choose_split(known, wanted.split, source.split or job.spec.split)
+        if not chosen:
+            raise DataError(f"{wanted.data}: none of its {len(known):,} rows is in the {wanted.split} split")
+    labels = tuple(sorted({question.label for question in known if question.label is not None}))
+    return [chosen[number] for number in drawn(len(chosen), wanted.limit, wanted.seed)], labels
 
 
 def _of_run(job: ResolvedJob, wanted: Wanted) -> list[Question]:
-    names = [wanted.source] if wanted.source else [name for name, one in job.sources.items() if one.kind == "chat"]
+    chats, pairs = ([name for name, one in job.sources.items() if one.kind == kind] for kind in ("chat", "preference"))
+    names = [wanted.source] if wanted.source else chats or pairs
     if not names:
         raise DataError("the run has no conversation sources, so there is nothing to ask; give --data FILE")
     for split in [wanted.split] if wanted.split else ["test", "validation"]:
-        questions = read_prepared(job, names, split)
+        questions = read_prepared(job, names, split, limit=wanted.limit, seed=wanted.seed)
         if questions:
             if split != (wanted.split or "test"):
                 print(f"the test split is empty; asking the {split} split, which the training was watched on")
@@ -208,26 +239,30 @@ def _source(wanted: Wanted, job: ResolvedJob | None) -> tuple[SourceSpec, Fields
     given = {name: getattr(wanted, name) for name in ("prompt", "response", "conversation", "label")}
     layout: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if "prompt" not in layout and "conversation" not in layout:
-        layout = {**guess_layout(wanted.data, wanted.encoding, answered=references is None), **layout}
+        _spec(wanted.data, wanted.encoding, text="text")  # the encoding, before anything is read in it
+        label = wanted.label or "label"
+        layout = {**guess_layout(wanted.data, wanted.encoding, label=label, answered=references is None), **layout}
     label = layout.pop("label", None)
     answered = "response" in layout or "conversation" in layout or label is not None
     if "prompt" in layout:
         layout["response"] = label or layout.get("response") or layout["prompt"]
     if wanted.system is not None:
         layout["system"] = wanted.system
+    return _spec(wanted.data, wanted.encoding, **layout), Fields(label, references, answered)
+
+
+def _spec(path: str, encoding: str, **layout: Any) -> SourceSpec:
     try:
-        source = SourceSpec(path=wanted.data, encoding=wanted.encoding, **layout)
+        return SourceSpec(path=path, encoding=encoding, **layout)
     except ValidationError as error:
-        raise SpecError(f"--data {wanted.data}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
-    return source, Fields(label, references, answered)
+        raise SpecError(f"--data {path}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
-def _sampled(questions: list[Question], wanted: Wanted) -> list[Question]:
-    """--limit rows drawn by the seed, in their order: files are often sorted by subject."""
-    if wanted.limit is None or wanted.limit >= len(questions):
-        return questions
-    chosen = np.random.default_rng(wanted.seed).choice(len(questions), wanted.limit, replace=False)
-    return [questions[number] for number in sorted(chosen.tolist())]
+def _check_numbers(wanted: Wanted) -> None:
+    if not 0 <= wanted.seed < 1 << 32:
+        raise SpecError(f"--seed {wanted.seed}: expected a whole number from 0 to {(1 << 32) - 1}")
+    if wanted.exec_timeout <= 0:
+        raise SpecError("--exec-timeout: expected more than 0, e.g. 10s")
 
 
 def _metric_names(wanted: Wanted) -> list[str] | None:

@@ -10,13 +10,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from transformers import AutoTokenizer
 
 from ernie_dist.data.tokenizer import give_template
 from ernie_dist.evaluate.questions import Renderer, read_prepared
 from ernie_dist.inference import ChatModel, Sampling
-from ernie_dist.loading import load
+from ernie_dist.loading import load, placed
 from ernie_dist.model.build import build_model
 from ernie_dist.spec.resolve import ResolvedJob
 from ernie_dist.spec.run_files import RunFiles
@@ -30,13 +29,16 @@ class Answered:
     after: str
 
 
-def untrained(run_dir: Path, device: str | None = None) -> ChatModel:
-    """A run's model before its first step, in fp32: the weights it starts from, or random ones of the same seed."""
-    job = ResolvedJob.read(RunFiles(run_dir).job)
-    model = build_model(job.spec.model.base, job.tokenizer.vocab_size, job.spec.seed, attn_implementation="sdpa")
+def untrained(run_dir: Path, device: str | None = None, dtype: str | None = None) -> ChatModel:
+    """A run's model before its first step: the weights it starts from, or random ones of the same seed.
+
+    `device` and `dtype` are those of `load`, so that two models differ in what they learned alone. Raises SpecError.
+    """
+    job, (place, numbers) = ResolvedJob.read(RunFiles(run_dir).job), placed(device, dtype)
+    spec, vocab_size = job.spec.model.base, job.tokenizer.vocab_size
+    model = build_model(spec, vocab_size, job.spec.seed, attn_implementation="sdpa", dtype=numbers)
     tokenizer = give_template(AutoTokenizer.from_pretrained(job.tokenizer.folder, trust_remote_code=False))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return ChatModel(model.to(device), tokenizer, f"{run_dir} before training")
+    return ChatModel(model.to(place), tokenizer, f"{run_dir} before training")
 
 
 def before_and_after(

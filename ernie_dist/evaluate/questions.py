@@ -7,7 +7,7 @@ prepared source --shards--> Question(coded) +--a model's tokenizer--> Rendered: 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,19 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ernie_dist.batch import IGNORED
-from ernie_dist.data.documents import BadRow, Conversation, Turn, canonical, document_maker
+from ernie_dist.data.decoding import Opened
+from ernie_dist.data.documents import (
+    BadRow,
+    Conversation,
+    LeftOut,
+    Marked,
+    Preference,
+    Turn,
+    canonical,
+    row_reader,
+)
 from ernie_dist.data.readers import Broken, find_inputs, line_encoding, parse_block, read_blocks
-from ernie_dist.data.render import LAST_ANSWER, ChatFrame, Encoder
+from ernie_dist.data.render import LAST_ANSWER, REJECTED, ChatFrame, Encoder
 from ernie_dist.data.shard import PreparedSource
 from ernie_dist.data.split import SPLITS, digest, split_of
 from ernie_dist.data.tokenizer import PublishedTokenizer, load_published, publish
@@ -55,6 +65,8 @@ class Question:
     source: str = ""
     turns: Conversation | None = None
     coded: Coded | None = None
+    digest: int = 0
+    """hash that decides the split of a row of a file"""
     label: str | None = None
     tests: str | None = None
     entry_point: str | None = None
@@ -87,8 +99,18 @@ class Fields:
     """False: rows hold no answer; `response` of the source is not looked at"""
 
 
+def drawn(count: int, limit: int | None, seed: int) -> Sequence[int]:
+    """Numbers of the rows asked, in order: all, or `limit` drawn from all, since files are often sorted by subject."""
+    if limit is None or limit >= count:
+        return range(count)
+    return sorted(np.random.default_rng(seed).choice(count, limit, replace=False).tolist())
+
+
 def read_file(source: SourceSpec, fields: Fields = Fields()) -> list[Question]:
-    """The rows of a source's files, in order. Raises DataError where a row is none, or a reference is missing."""
+    """What the rows of a source's files ask, in order: one question each, of triples as many as they have wordings.
+
+    Raises DataError where a row is none, or a reference is missing.
+    """
     inputs = find_inputs("data", source)
     make = _maker(source, fields)
     found: list[Question] = []
@@ -98,7 +120,9 @@ def read_file(source: SourceSpec, fields: Fields = Fields()) -> list[Question]:
             try:
                 if isinstance(at.row, Broken):
                     raise BadRow(at.row.reason)
-                found.append(make(at.row))
+                found += make(at.row)
+            except LeftOut:
+                continue
             except BadRow as reason:
                 bad.append(f"{inputs[at.input].label}:{at.line}: {reason}")
     if bad and (source.on_bad_row == "fail" or not found):
@@ -107,10 +131,10 @@ def read_file(source: SourceSpec, fields: Fields = Fields()) -> list[Question]:
         raise DataError(f"{len(bad):,} rows cannot be asked; mend them or leave them out:\n  {shown}{more}")
     if not found:
         raise DataError(f"{', '.join(source.paths)}: holds no rows; there is nothing to evaluate")
-    return _with_references(found, fields.references) if fields.references else found
+    return _with_references(found, fields.references, source.encoding) if fields.references else found
 
 
-def guess_layout(path: str, encoding: str, *, answered: bool = True) -> dict[str, str]:
+def guess_layout(path: str, encoding: str, *, label: str = "label", answered: bool = True) -> dict[str, str]:
     """How rows of this file become conversations, by the names in its first row: fields of SourceSpec.
 
     `prompt` without `response`: there is no answer, but a `label` or `tests`, or it is not `answered` here. Raises
@@ -124,37 +148,43 @@ def guess_layout(path: str, encoding: str, *, answered: bool = True) -> dict[str
         if prompt in row and response in row:
             return {"prompt": prompt, "response": response}
     prompt = next((name for name, _ in _FIELDS if name in row), "text" if "text" in row else None)
-    if prompt is not None and ("label" in row or "tests" in row or not answered):
-        return {"prompt": prompt, **({"label": "label"} if "label" in row else {})}
+    if prompt is not None and (label in row or "tests" in row or not answered):
+        return {"prompt": prompt, **({"label": label} if label in row else {})}
     raise DataError(
         f"{path}: its rows have {', '.join(map(repr, row)) or 'no fields'}, which does not tell question from answer; "
-        "name them with --prompt FIELD --response FIELD"
+        "name them with --prompt FIELD --response FIELD; where a label is the answer with --prompt FIELD --label FIELD"
     )
 
 
 def choose_split(questions: Sequence[Question], split: str, shares: SplitSpec) -> list[Question]:
-    """Those whose content falls into a split, as `ernie prepare` deals documents out."""
-    digests = np.array([digest(canonical(question.turns or question.text)) for question in questions], np.uint64)
+    """Those that fall into a split, as `ernie prepare` deals documents out."""
+    digests = np.array([question.digest for question in questions], np.uint64)
     kept = split_of(digests, shares) == SPLITS.index(split)
     return [question for question, keep in zip(questions, kept, strict=True) if keep]
 
 
-def _maker(source: SourceSpec, fields: Fields) -> Any:
-    if source.kind != "chat":
+def _maker(source: SourceSpec, fields: Fields) -> Callable[[Mapping[str, Any]], list[Question]]:
+    """Of pairs of answers the preferred one is the reference."""
+    if source.kind == "text":
         raise DataError("plain text has no questions; name them with --prompt FIELD --response FIELD")
     answered = fields.answered and fields.references is None
-    turns_of = document_maker(source if answered else source.model_copy(update={"response": source.prompt}))
+    read = row_reader(source if answered else source.model_copy(update={"response": source.prompt}))
 
-    def make(row: Mapping[str, Any]) -> Question:
+    def make(row: Mapping[str, Any]) -> list[Question]:
         label = row.get(fields.label) if fields.label else None
-        turns = turns_of(row if label is None or fields.label is None else {**row, fields.label: str(label)})
-        assert not isinstance(turns, str)
-        canonical(turns)  # says which rows hold what cannot be written
+        marked = read(row if label is None or fields.label is None else {**row, fields.label: str(label)})
+        return [question(row, one) for one in marked]
+
+    def question(row: Mapping[str, Any], marked: Marked) -> Question:
+        document = marked.document
+        assert not isinstance(document, str)
+        turns = document.chosen if isinstance(document, Preference) else document
         last = _last(turns)
         return Question(
             text=_transcript(turns[:last]),
             reference=turns[last].content.strip() if answered else None,
             turns=turns,
+            digest=marked.digest,
             label=turns[last].content.strip() if fields.label else None,
             tests=_optional(row, "tests"),
             entry_point=_optional(row, "entry_point"),
@@ -180,19 +210,25 @@ def _transcript(turns: Sequence[Turn]) -> str:
     return "\n".join(f"{turn.role}: {turn.content.strip()}" for turn in turns)
 
 
-def _with_references(questions: list[Question], path: Path) -> list[Question]:
+def _with_references(questions: list[Question], path: Path, encoding: str) -> list[Question]:
     from ernie_dist.evaluate.metrics import same_length
 
-    lines = path.read_text(encoding="utf-8").splitlines()
+    with Opened(path) as file:
+        # Not splitlines: a reference may hold other ends of lines.
+        lines = [line.strip() for line in file.text(encoding).read().removesuffix("\n").split("\n")]
     try:
         same_length(questions, lines)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
-    return [
-        replace(question, reference=line.strip(), turns=(*question.turns[:-1], Turn("assistant", line or " ", True)))
-        for question, line in zip(questions, lines, strict=True)
-        if question.turns is not None
-    ]
+    found = []
+    for number, (question, line) in enumerate(zip(questions, lines, strict=True), 1):
+        assert question.turns is not None
+        turns = (*question.turns[:-1], Turn("assistant", line or " ", True))
+        try:
+            found.append(replace(question, reference=line, turns=turns, digest=digest(canonical(turns))))
+        except BadRow as reason:
+            raise DataError(f"{path}:{number}: {reason}; it is read as {encoding}, see --encoding") from None
+    return found
 
 
 def _first_row(source: SourceSpec) -> Mapping[str, Any]:
@@ -208,30 +244,44 @@ def _first_row(source: SourceSpec) -> Mapping[str, Any]:
 # ----------------------------------------------------------------------------------------------------- prepared sources
 
 
-def read_prepared(job: ResolvedJob, names: Sequence[str], split: str) -> list[Question]:
-    """The conversations of a split of a run's sources, as they were prepared. Raises DataError for plain text."""
+def read_prepared(
+    job: ResolvedJob, names: Sequence[str], split: str, *, limit: int | None = None, seed: int = 0
+) -> list[Question]:
+    """The conversations of a split of a run's sources, as they were prepared; of pairs of answers the preferred one.
+
+    With `limit` so many, drawn with the seed; the others are not read. Raises DataError for plain text.
+    """
     tokenizer = load_published(Path(job.tokenizer.folder).parent, job.tokenizer.fingerprint)
     if tokenizer is None or tokenizer.frame is None:
         raise DataError(f"{job.tokenizer.folder}: the run's prepared tokenizer is gone; run `ernie prepare` again")
+    sources = [PreparedSource.open(Path(job.sources[name].folder)) for name in names]
+    for source in sources:
+        if source.kind == "text":
+            raise DataError(f"source {source.name} is plain text; questions come from conversations")
+    chosen = np.array(drawn(sum(len(source.documents(split)[0]) for source in sources), limit, seed), np.int64)
     found: list[Question] = []
-    for name in names:
-        source = PreparedSource.open(Path(job.sources[name].folder))
-        if source.kind != "chat":
-            raise DataError(f"source {name} is plain text; questions come from conversations")
-        found += _prepared(source, split, tokenizer)
+    first = 0
+    for source in sources:
+        starts, lengths = source.documents(split)
+        mine = chosen[(chosen >= first) & (chosen < first + len(starts))] - first
+        found += _prepared(source, starts[mine], lengths[mine], tokenizer)
+        first += len(starts)
     return found
 
 
-def _prepared(source: PreparedSource, split: str, tokenizer: PublishedTokenizer) -> Iterator[Question]:
+def _prepared(
+    source: PreparedSource, starts: np.ndarray, lengths: np.ndarray, tokenizer: PublishedTokenizer
+) -> Iterator[Question]:
     from tokenizers import Tokenizer
 
     assert tokenizer.frame is not None
     decode = Tokenizer.from_file(str(tokenizer.folder / "tokenizer.json")).decode
     fingerprint = source.manifest.tokenizer_fingerprint
     replaced = tuple(source.manifest.label_replacements.items())
-    for start, length in zip(*(part.tolist() for part in source.documents(split)), strict=True):
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
         ids, mask = source.read(start, length)
         assert mask is not None
+        ids, mask = ids[mask < REJECTED], mask[mask < REJECTED]
         yield Question(
             text=_stripped(decode(ids[: _answer_start(mask)].tolist(), skip_special_tokens=False), tokenizer.frame),
             reference=decode(ids[mask == LAST_ANSWER].tolist()).strip(),

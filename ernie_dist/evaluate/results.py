@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ernie_dist.evaluate.asking import Asked
+from ernie_dist.evaluate.asking import Asked, versions
 from ernie_dist.evaluate.bootstrap import Compared, Estimate, compare
 from ernie_dist.evaluate.metrics import (
     Metric,
@@ -21,7 +19,18 @@ from ernie_dist.evaluate.metrics import (
     text_metrics,
 )
 from ernie_dist.evaluate.questions import Question
+from ernie_dist.spec.errors import SpecError
 
+METRICS = {
+    **dict.fromkeys(("bleu", "rouge_l_chars", "rouge_l_words", "chrf", "exact_match", "token_f1"), "texts"),
+    **dict.fromkeys(("accuracy", "macro_f1"), "labels"),
+    "exec": "tests",
+    **dict.fromkeys(("loss", "perplexity"), "losses"),
+    **dict.fromkeys(("distinct_1", "distinct_2", "length", "stop_rate"), "answers"),
+}
+"""{name: what it is made of}"""
+_PER_TOKEN = ("loss", "perplexity", "length")
+OTHER_TOKENS = "other tokens, not comparable"
 FEW = 30
 """rows below which a bootstrap is too sure of itself"""
 _PACKAGES = ("ernie_dist", "torch", "transformers", "sacrebleu", "jieba", "peft", "lm_eval")
@@ -57,7 +66,7 @@ class Results:
                 "format": 1,
                 "models": {role: judged.name for role, judged in models.items()},
                 "settings": self.settings,
-                "versions": versions(),
+                "versions": versions(*_PACKAGES),
                 "rows": len(self.questions),
                 "metrics": {one.name: _facts(one) for one in self.compared},
                 "confusion": {role: found for role, judged in models.items() if (found := self.confusion(judged))},
@@ -69,7 +78,7 @@ class Results:
     def confusion(self, judged: Judged) -> dict[str, Any] | None:
         """{"labels": names, "counts": [label][given]}; None where nothing was classified."""
         labels = [question.label for question in self.questions]
-        if not labels or None in labels:
+        if not labels or None in labels or not judged.asked[0].answers:
             return None
         names, counts = confusion([one.answers[0] for one in judged.asked], [label or "" for label in labels])
         return {"labels": names, "counts": counts}
@@ -82,11 +91,11 @@ class Results:
         for role, judged in models.items():
             asked = judged.asked[number]
             row[role] = {
-                "answer": asked.answers[0],
+                "answer": asked.answers[0] if asked.answers else None,
                 **({"answers": asked.answers} if len(asked.answers) > 1 else {}),
                 **({"scores": asked.scores} if asked.scores else {}),
                 **({"passed": judged.passed[number]} if judged.passed else {}),
-                "stopped": asked.stopped[0],
+                "stopped": asked.stopped[0] if asked.answers else None,
                 "metrics": {metric.name: float(metric.rows[number]) for metric in judged.metrics},
             }
         return row
@@ -101,27 +110,59 @@ def judge(
     ks: Sequence[int] = (),
 ) -> Judged:
     """All metrics that these questions allow, or those named in `wanted`."""
-    answers = [one.answers[0] for one in asked]
-    references = [question.reference for question in questions if question.reference is not None]
-    labels = [question.label for question in questions if question.label is not None]
+    lacking = _lacking(questions)
+    kinds = {METRICS[name] for name in wanted or METRICS} - set(lacking)
+    answers = [one.answers[0] for one in asked if one.answers]
     found: list[Metric] = []
-    if labels:
-        found += class_metrics(answers, labels)
-    elif references and len(references) == len(questions):
-        found += text_metrics(answers, references)
+    if "labels" in kinds:
+        found += class_metrics(answers, [question.label or "" for question in questions])
+    if "texts" in kinds:
+        found += text_metrics(answers, [question.reference or "" for question in questions])
     if passed:
         found += pass_metrics(passed, ks)
-    if references and len(references) == len(questions):
+    if "losses" in kinds:
         found += loss_metrics([one.loss or 0.0 for one in asked], [one.loss_tokens for one in asked])
-    if not labels:
+    if "answers" in kinds:
         found += answer_metrics(answers, [one.tokens[0] for one in asked], [one.stopped[0] for one in asked])
     kept = [one for one in found if wanted is None or one.name in wanted or one.name.startswith("pass@")]
     return Judged(name, asked, kept, passed)
 
 
+def refuse_impossible(wanted: Sequence[str], questions: Sequence[Question]) -> None:
+    """Raises SpecError for metrics that these questions do not allow, with the reason."""
+    lacking = _lacking(questions)
+    for name in wanted:
+        if METRICS[name] in lacking:
+            raise SpecError(f"--metrics {name}: {lacking[METRICS[name]]}")
+
+
+def _lacking(questions: Sequence[Question]) -> dict[str, str]:
+    """{what a metric is made of: why these questions do not give it}"""
+    lacking = {}
+    if any(question.label is not None for question in questions):
+        lacking["texts"] = lacking["answers"] = "the rows are classified: they have accuracy and macro_f1"
+    else:
+        lacking["labels"] = "the rows have no label; name its field with --label"
+    if any(question.reference is None for question in questions):
+        lacking["texts"] = lacking["losses"] = "the rows hold no reference; name its field with --response"
+    untested = sum(question.tests is None for question in questions)
+    if untested:
+        lacking["tests"] = f"{untested:,} of {len(questions):,} rows have no field `tests`; leave them out"
+    return lacking
+
+
 def compare_all(tuned: Judged, base: Judged | None, seed: int) -> list[Compared]:
+    """Where the models cut text into different tokens, what is counted per token is not held against each other."""
     others = {metric.name: metric for metric in base.metrics} if base else {}
-    return [compare(metric, others.get(metric.name), seed=seed) for metric in tuned.metrics]
+    found = [compare(metric, others.get(metric.name), seed=seed) for metric in tuned.metrics]
+    if base is None or _token_counts(tuned) == _token_counts(base):
+        return found
+    return [replace(one, difference=None) if one.name in _PER_TOKEN else one for one in found]
+
+
+def _token_counts(judged: Judged) -> list[int]:
+    """Of the references, which are the same texts for both models; without them of the prompts."""
+    return [one.loss_tokens or one.prompt_tokens for one in judged.asked]
 
 
 def table(results: Results) -> list[str]:
@@ -138,21 +179,25 @@ def _metric_lines(results: Results) -> list[str]:
     rows = [heads]
     for one in results.compared:
         row = [one.name, estimate_text(one.name, one.tuned)]
-        if one.base is not None and one.difference is not None:
-            row += [estimate_text(one.name, one.base), estimate_text(one.name, one.difference, signed=True)]
-            row.append(verdict(one))
+        if one.base is not None:
+            apart = estimate_text(one.name, one.difference, signed=True) if one.difference else "–"
+            row += [estimate_text(one.name, one.base), apart, verdict(one)]
         rows.append(row)
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append("")
     lines.append(f"{len(results.questions):,} rows; in brackets 95 % intervals by paired bootstrap over rows")
+    if any(verdict(one) == OTHER_TOKENS for one in results.compared):
+        lines.append(f"{', '.join(_PER_TOKEN)} count tokens, and the two models cut text into different ones")
     if len(results.questions) < FEW:
         lines.append(f"with fewer than {FEW} rows the intervals are too narrow to trust")
     return lines
 
 
 def verdict(one: Compared) -> str:
-    """In words: better, worse, or that nobody can tell."""
+    """Of the paired difference, in words: better, worse, or that nobody can tell."""
+    if one.base is not None and one.difference is None:
+        return OTHER_TOKENS
     if one.distinguishable is None or one.difference is None:
         return ""
     if not one.distinguishable:
@@ -168,17 +213,6 @@ def estimate_text(metric: str, value: Estimate, *, signed: bool = False) -> str:
     if value.low is None or value.high is None:
         return format(value.value, form)
     return f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"
-
-
-def versions() -> dict[str, str]:
-    """Of what decides the numbers, where it is installed."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _facts(one: Compared) -> dict[str, Any]:

@@ -20,14 +20,16 @@ def build_model(
     seed: int,
     checkpointing: str | int = "none",
     attn_implementation: str = attention.NAME,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """A model in fp32, the same weights on every rank. `checkpointing`: none, full, or n for every n-th layer.
+    """A model, the same weights on every rank. `checkpointing`: none, full, or n for every n-th layer.
 
-    With an adapter only that one requires gradients.
+    With an adapter only that one requires gradients. In a `dtype` other than fp32 it is what transformers makes of the
+    same weights in a folder: some, e.g. of a router, stay in fp32.
     Raises SpecError where the weights cannot be found or the config does not fit transformers.
     """
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"attn_implementation": attn_implementation, "dtype": torch.float32}
+    options: dict[str, Any] = {"attn_implementation": attn_implementation, "dtype": dtype}
     options["trust_remote_code"] = False  # not given, transformers asks at the terminal whether to run what it found
     if spec.adapter and spec.adapter.quantize != "none":
         options |= _in_four_bits()
@@ -39,7 +41,7 @@ def build_model(
         else:
             values = config_values(spec, vocab_size)
             assert values is not None
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), **options)
+            model = _drawn(values, options)
     except (OSError, ValueError, TypeError) as error:
         origin = spec.from_pretrained or spec.config or spec.preset
         hint = "; weights are read from safetensors only" if spec.from_pretrained else ""
@@ -55,6 +57,15 @@ def build_model(
         add_adapter(model, spec.adapter, seed)
     _checkpoint_layers(model, checkpointing)
     return model
+
+
+def _drawn(values: dict[str, Any], options: dict[str, Any]) -> PreTrainedModel:
+    """Random weights, drawn in fp32 whatever they are kept in."""
+    config = AutoConfig.for_model(**values)
+    model = AutoModelForCausalLM.from_config(config, **{**options, "dtype": torch.float32})
+    if options["dtype"] == torch.float32:
+        return model
+    return type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), **options)
 
 
 def _in_four_bits() -> dict[str, Any]:

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
 from ernie_dist.events.wording import human_bytes, human_count, human_seconds, perplexity_text
+from ernie_dist.pages import put, template
 from ernie_dist.report import charts
 from ernie_dist.report.data import RunSummary, collect
 
@@ -35,21 +35,15 @@ def build_report(run_dir: Path) -> Path:
     Raises RunDirError if `run_dir` is no run directory.
     """
     run = collect(run_dir)
-    _replace(run.files.loss_curve, charts.loss_png(run))
-    _replace(run.files.report, render(run).encode())
+    put(run.files.loss_curve, charts.loss_png(run))
+    put(run.files.report, render(run))
     return run.files.report
 
 
 def render(run: RunSummary) -> str:
     """The page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(
+    page = template(
+        Path(__file__).with_name("template.html"),
         count=human_count,
         bytes=human_bytes,
         duration=human_seconds,
@@ -62,7 +56,7 @@ def render(run: RunSummary) -> str:
         tint=_tint,
     )
     replays = sorted(run.replays, key=lambda replay: (replay.identical, replay.step))
-    return environment.get_template("template.html").render(
+    return page.render(
         run=run,
         spec=run.job.spec,
         light=charts.LIGHT,
@@ -113,10 +107,3 @@ def _loss(value: float | None) -> str:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Whoever has the old page open never sees half of the new one."""
-    aside = path.with_name(path.name + ".new")
-    aside.write_bytes(content)
-    aside.replace(path)

@@ -32,17 +32,21 @@ def judged(name: str, questions: list[Question], answers: list[str]) -> Judged:
     return judge(name, questions, asked, None)
 
 
-@pytest.fixture
-def address(tmp_path: Path) -> str:
-    questions = [Question(text, reference) for text, reference, _, _ in ROWS]
-    base, tuned = (judged(name, questions, [row[at] for row in ROWS]) for at, name in ((2, "base"), (3, "tuned")))
-    results = Results(tuned, base, questions, compare_all(tuned, base, seed=0))
-    path = tmp_path / "comparison.html"
+QUESTIONS = [Question(text, reference) for text, reference, _, _ in ROWS]
+
+
+def write(path: Path, tuned: Judged, base: Judged) -> str:
+    results = Results(tuned, base, QUESTIONS, compare_all(tuned, base, seed=0))
     path.write_text(render(results.to_json()), encoding="utf-8")
     return path.as_uri()
 
 
-def test_answers_side_by_side(address: str, chromium: str) -> None:
+def test_answers_side_by_side(tmp_path: Path, chromium: str) -> None:
+    base, tuned = (judged(name, QUESTIONS, [row[at] for row in ROWS]) for at, name in ((2, "base"), (3, "tuned")))
+    address = write(tmp_path / "comparison.html", tuned, base)
+    # Nothing was generated, and the models' tokens are not the same: losses are shown, and no difference of them.
+    mute = [[Asked(number, (), (), (), number + 1.0, count) for number in range(3)] for count in (4, 5)]
+    silent = write(tmp_path / "silent.html", *(judge("mute", QUESTIONS, asked, ["loss"]) for asked in mute))
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1300, "height": 1500})
@@ -54,7 +58,11 @@ def test_answers_side_by_side(address: str, chromium: str) -> None:
         check(page)
         if os.environ.get("ERNIE_SCREENSHOTS"):
             page.screenshot(path=Path(os.environ["ERNIE_SCREENSHOTS"]) / "comparison.png")
-        assert asked == [address] and problems == []
+        page.goto(silent)
+        expect(page.locator(".metrics")).to_contain_text("other tokens, not comparable")
+        expect(page.locator("#rows tr")).to_have_count(3)
+        expect(page.locator("#rows tr").first.locator("td").last).to_contain_text("–0.20 → 0.25")
+        assert asked == [address, silent] and problems == []
         browser.close()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,27 @@ import torch
 from ernie_dist.batch import Row, stack
 from ernie_dist.data.prepare import prepare
 from ernie_dist.data.resolve import resolve_prepared
+from ernie_dist.data.shard import PreparedSource
 from ernie_dist.data.tokenizer import train_and_publish
+from ernie_dist.evaluate import asking
 from ernie_dist.evaluate.answer_loss import answer_losses, label_scores
-from ernie_dist.evaluate.asking import Candidate, How, ask
-from ernie_dist.evaluate.questions import Fields, Question, Renderer, choose_split, read_file, read_prepared
+from ernie_dist.evaluate.asking import Asked, Candidate, How, ask
+from ernie_dist.evaluate.questions import (
+    Fields,
+    Question,
+    Renderer,
+    choose_split,
+    guess_layout,
+    read_file,
+    read_prepared,
+)
+from ernie_dist.evaluate.results import OTHER_TOKENS, Results, compare_all, judge, table, verdict
 from ernie_dist.inference import ChatModel, Sampling
 from ernie_dist.loading import load
 from ernie_dist.model.build import build_model
 from ernie_dist.model.loss import summed_loss
 from ernie_dist.spec.curriculum import SourceSpec, SplitSpec
+from ernie_dist.spec.errors import DataError
 from ernie_dist.spec.job import parse_job
 from ernie_dist.spec.resolve import ResolvedJob
 from ernie_dist.spec.training import ModelSpec
@@ -142,6 +155,79 @@ def test_an_interrupted_evaluation_goes_on(place: Path, questions: list[Question
     assert path.read_bytes() == before
     ask(who, some, replace(SHORT, sampling=Sampling(max_new_tokens=5)), tmp_path, device="cpu")
     assert len(list(tmp_path.iterdir())) == 2  # asked in another way, kept apart
+    ask(who, some, SHORT, tmp_path, device="cpu", dtype="bf16")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_kept_answers_are_those_of_the_weights(place: Path, tmp_path: Path) -> None:
+    """The base under an adapter, and the weights that a run began with, may be replaced in their folder."""
+    base, adapter, run = (tmp_path / name for name in ("base", "adapter", "run"))
+    for folder in (base, adapter, run):
+        folder.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}), encoding="utf-8")
+    raw = json.loads((place / "run" / "job.json").read_text(encoding="utf-8"))
+    raw["spec"]["model"] = {"from_pretrained": str(base)}
+    (run / "job.json").write_text(json.dumps(raw), encoding="utf-8")
+    candidates = [Candidate(str(adapter)), Candidate(str(run), before_training=True)]
+    known = []
+    for weights in (b"one", b"another"):
+        (base / "model.safetensors").write_bytes(weights)
+        known.append([who.fingerprint() for who in candidates])
+    assert all(one != other for one, other in zip(*known, strict=True))
+
+
+def test_triples_and_pairs_are_read_and_held_out_as_the_run_does(place: Path, tmp_path: Path) -> None:
+    """Wordings of an entity that was trained on are no test of it, though their own hash would make them one."""
+    job = json.loads((place / "run" / "job.json").read_text(encoding="utf-8"))["spec"]
+    texts = pairs(60)
+    facts = [{"entity": one["ask"][:6], "attribute": "别名", "value": one["answer"]} for one in texts]
+    better = [{"prompt": one["ask"], "chosen": one["answer"], "rejected": "不知道。"} for one in texts]
+    sources = {
+        "facts": {
+            "path": str(write(tmp_path / "facts.jsonl", facts)),
+            "triples": {"make": "qa", "phrasings": 3, "hold_out": "entities"},
+        },
+        "better": {"path": str(write(tmp_path / "better.jsonl", better)), "preference": "pairs"},
+    }
+    stages = [
+        {**job["curriculum"][0], "sequence_length": 256, "mixture": {"facts": 1.0}},
+        {**job["curriculum"][0], "sequence_length": 256, "name": "dpo", "mixture": {"better": 1.0}, "dpo": {}},
+    ]
+    raw = {**job, "sources": sources, "curriculum": stages, "data_dir": str(tmp_path / "prepared")}
+    made = parse_job(raw, "test")
+    resolved = resolve_prepared(made, prepare(made, workers=1))
+    for name, count in (("facts", 180), ("better", 60)):
+        asked = read_file(made.sources[name])
+        assert len(asked) == count
+        for split in ("train", "test"):
+            prepared = {(one.text, one.reference) for one in read_prepared(resolved, [name], split)}
+            assert prepared == {(one.text, one.reference) for one in choose_split(asked, split, made.split)} != set()
+
+
+def test_of_a_large_split_only_what_is_asked_is_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = ResolvedJob.read(place / "run" / "job.json")
+    whole = read_prepared(job, ["qa"], "train")
+    read: list[int] = []
+    one = PreparedSource.read
+    monkeypatch.setattr(
+        PreparedSource, "read", lambda self, start, length: read.append(start) or one(self, start, length)
+    )
+    some = read_prepared(job, ["qa"], "train", limit=3, seed=1)
+    assert len(read) == len(some) == 3 and [question for question in whole if question in some] == some
+
+
+def test_both_models_compute_in_the_same_numbers(place: Path, tmp_path: Path) -> None:
+    """In bf16 a model before training is what its weights in a folder would be: a router stays in fp32."""
+    for before in (True, False):
+        assert Candidate(str(place / "run"), before_training=before).open("cpu", "bf16").model.dtype == torch.bfloat16
+    experts = {"moe_num_experts": 4, "moe_intermediate_size": 16, "moe_k": 2, "moe_layer_end_index": 1}
+    spec = ModelSpec(preset="ernie-4.5-21b-a3b", override={**SMALL, "num_key_value_heads": 2, **experts})
+    drawn = build_model(spec, 64, 0, attn_implementation="sdpa", dtype=torch.bfloat16)
+    build_model(spec, 64, 0, attn_implementation="sdpa").save_pretrained(tmp_path)
+    opened = type(drawn).from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    assert {value.dtype for value in opened.values()} == {torch.bfloat16, torch.float32}
+    for name, value in drawn.state_dict().items():
+        assert value.dtype == opened[name].dtype and torch.equal(value, opened[name]), name
 
 
 @pytest.mark.distributed
@@ -171,6 +257,58 @@ def test_the_verb_asks_both_models_and_writes_what_it_found(
     assert found["answers"][0]["question"] in page and "http" not in page
 
 
+def test_no_result_takes_the_place_of_another(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Models of one name, files of one name, a file after the test split. For loss alone nothing is generated."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ChatModel, "answers", None)
+    models = [tmp_path / name / "export" for name in "ab"]
+    files = []
+    for model in models:
+        model.parent.mkdir()
+        shutil.copytree(place / "run" / "export", model)
+        files.append(write(model.parent / "exam.jsonl", [{"input": "天", "output": "地"}]))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "job.json").symlink_to(place / "run" / "job.json")
+    (run / "export").symlink_to(place / "run" / "export")
+    asked = [["--data", str(file)] for file in files]
+    commands = [[str(model), *data] for model in models for data in asked] + [[str(run)], [str(run), *asked[0]]]
+    for command in [*commands, commands[0]]:
+        assert main(["eval", *command, "--metrics", "loss,perplexity"]) == 0
+    found = [*(tmp_path / "evaluation").glob("*/results.json"), *(run / "evaluation").glob("**/results.json")]
+    assert len(found) == len(commands)
+    assert "exam-" in capsys.readouterr().out
+    row = json.loads(found[0].read_text(encoding="utf-8"))["answers"][0]["tuned"]
+    assert row["answer"] is None and row["metrics"]["loss"] > 0
+
+
+def test_losses_per_token_are_compared_where_tokens_are_the_same() -> None:
+    questions = [Question("天", "地")] * 3
+    fine, coarse = (
+        judge("t", questions, [Asked(n, ("地",), (1,), (True,), 2.0 * n, count) for n in range(3)], None)
+        for count in (4, 2)
+    )
+    verdicts = {one.name: verdict(one) for one in compare_all(fine, coarse, seed=0)}
+    assert {name for name, said in verdicts.items() if said == OTHER_TOKENS} == {"loss", "perplexity", "length"}
+    assert "cut text into different ones" in "\n".join(
+        table(Results(fine, coarse, questions, compare_all(fine, coarse, 0)))
+    )
+    assert OTHER_TOKENS not in map(verdict, compare_all(fine, fine, seed=0))
+
+
+def test_a_gpu_without_memory_left_is_no_bug(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    monkeypatch.setattr(asking, "answer_losses", full)
+    assert main(["eval", str(place / "run"), "--device", "cpu", "--to", str(tmp_path)]) == 2
+    assert "16 rows were asked at once: lower --batch-size" in capsys.readouterr().err
+
+
 def test_classification_stays_within_the_labels(place: Path, tmp_path: Path) -> None:
     labels = ["天", "地玄", "日月盈"]
     rows = [{"text": f"{pair['ask']}", "label": labels[n % 3]} for n, pair in enumerate(pairs(9))]
@@ -197,6 +335,17 @@ WRONG = {
     ),
     "metric": ([{"input": "一", "output": "二"}], ["--metrics", "bleurt"], "unknown: bleurt"),
     "samples": ([{"input": "一", "output": "二"}], ["--samples", "3"], "give --temperature"),
+    "nothing to compare with": ([{"input": "一", "tests": "二"}], ["--metrics", "bleu"], "the rows hold no reference"),
+    "not classified": ([{"input": "一", "output": "二"}], ["--metrics", "accuracy"], "the rows have no label"),
+    "classified": (
+        [{"input": "一", "label": "二"}],
+        ["--metrics", "loss,bleu"],
+        "--metrics bleu: the rows are classified",
+    ),
+    "encoding": ([{"input": "一", "output": "二"}], ["--encoding", "gb-18030-x"], "unknown encoding"),
+    "seed": ([{"input": "一", "output": "二"}], ["--seed", "-1", "--limit", "1"], "--seed -1: expected"),
+    "no time": ([{"input": "一", "tests": "二"}], ["--exec-timeout", "0s"], "--exec-timeout: expected more than 0"),
+    "device": ([{"input": "一", "output": "二"}], ["--device", "cudnn"], "device cudnn: cannot be used here"),
     "roles": ([{"messages": [{"role": "assistant", "content": "一"}]}], [], "turn 1 is by assistant"),
 }
 
@@ -238,10 +387,28 @@ def test_an_empty_split_says_so(place: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_references_may_stand_beside_the_prompts(tmp_path: Path) -> None:
     data = write(tmp_path / "data.jsonl", [{"q": "一"}, {"q": "二"}])
-    (tmp_path / "refs.txt").write_text("甲\n乙\n", encoding="utf-8")
     source = SourceSpec(path=str(data), prompt="q", response="q")
-    found = read_file(source, Fields(references=tmp_path / "refs.txt"))
-    assert [(one.text, one.reference) for one in found] == [("一", "甲"), ("二", "乙")]
+    for text, encoding in (
+        ("甲\u2028丙\n乙\n", "utf-8"),
+        ("\ufeff甲\u2028丙\r\n乙", "utf-8"),
+        ("甲\u2028丙\n乙\n", "gb18030"),
+    ):
+        (tmp_path / "refs.txt").write_bytes(text.encode(encoding))
+        read = source if encoding == "utf-8" else source.model_copy(update={"encoding": encoding})
+        if read is not source:
+            data.write_bytes(data.read_text(encoding="utf-8").encode(encoding))
+        found = read_file(read, Fields(references=tmp_path / "refs.txt"))
+        assert [(one.text, one.reference) for one in found] == [("一", "甲\u2028丙"), ("二", "乙")]
+    data = write(tmp_path / "data.jsonl", [{"q": "一"}, {"q": "二"}])
+    with pytest.raises(DataError, match=r"refs.txt:1: undecodable bytes.* see --encoding"):
+        read_file(source, Fields(references=tmp_path / "refs.txt"))
+
+
+def test_a_label_of_another_name_tells_the_question(tmp_path: Path) -> None:
+    data = str(write(tmp_path / "data.jsonl", [{"text": "一", "intent": "查"}]))
+    assert guess_layout(data, "utf-8", label="intent") == {"prompt": "text", "label": "intent"}
+    with pytest.raises(DataError, match="--prompt FIELD --label FIELD"):
+        guess_layout(data, "utf-8")
 
 
 def test_splits_are_those_of_the_content(questions: list[Question]) -> None:
