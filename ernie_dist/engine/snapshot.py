@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from enum import Enum
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ class HostCopy:
             return result
         if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
             return type(value)(self._copy(item, (*where, number), copied) for number, item in enumerate(value))
+        if isinstance(value, Enum):  # Python 3.11.0 to 3.11.3 pickle it as a call of getattr, which no reader lets pass
+            return value.value
         return value if isinstance(value, _PLAIN) else copy.deepcopy(value)
 
     def _tensor(

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from enum import IntEnum
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from torch import nn
 from ernie_dist.batch import Batch, Row, stack
 from ernie_dist.checkpoint import CheckpointStore, verify
 from ernie_dist.engine.select import build_engine
+from ernie_dist.engine.snapshot import HostCopy
 from ernie_dist.model.build import build_model
 from ernie_dist.model.loss import summed_loss
 from ernie_dist.progress import Progress
@@ -331,6 +333,15 @@ def test_killed_at_any_file_of_a_save_there_is_a_checkpoint(
     assert survived > 5, "the save was never interrupted"
     assert Run(run.folder).restore().progress == run.progress
     assert not [path for path in run.folder.iterdir() if path.suffix], "nothing is left over"
+
+
+def test_a_copy_of_a_state_holds_values_in_place_of_enums() -> None:
+    """Python 3.11.2, Debian 12's, pickles an enum as a call, and a file with a call in it is not read."""
+    stage = IntEnum("stage", ["first", "second"])
+    assert (
+        repr(HostCopy()({"zero_stage": stage.second, "groups": [(stage.first,)]}))
+        == "{'zero_stage': 2, 'groups': [(1,)]}"
+    )
 
 
 def test_training_goes_on_during_a_save_and_none_of_it_reaches_the_files(
