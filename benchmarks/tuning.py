@@ -3,8 +3,8 @@
     ERNIE_DATA=FOLDER ERNIE_TOKENIZER=FOLDER python -m benchmarks.tuning [--quick] [--dir DIR]
 
 A small ERNIE with the real vocabulary learns Chinese from poems and statutes: the base. From it start full fine-tuning
-and LoRA on short medical questions and on riddles, and from the tuned model DPO, with another question's answer as the
-rejected one. `ernie eval` asks the base and the tuned model the test questions, which nobody was trained on.
+and LoRA on short medical questions and on riddles, and from the tuned model DPO, where the rejected answer is one to a
+question of the other kind. `ernie eval` asks the base and the tuned model the test questions, which nobody was trained on.
 A run that was interrupted goes on with the same command.
 """
 
@@ -67,21 +67,26 @@ def main() -> None:
 
 
 def write_pairs(data: Path, folder: Path) -> None:
-    """medical.jsonl and riddles.jsonl: input, output; the same with a wrong answer: pairs-*.jsonl; test-*.jsonl."""
+    """medical.jsonl and riddles.jsonl: input, output; the same with an answer of the other kind: pairs-*.jsonl; test-*.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     with (data / FILES[2]).open(encoding="gb18030", newline="") as file:
         rows = [(row["title"].strip(), row["answer"].strip()) for row in csv.DictReader(file)]
     medical = [(question, answer) for question, answer in rows if question and len(answer) <= 160]
     riddles = [(row["riddle"], row["answer"]) for row in json.loads((data / FILES[3]).read_text(encoding="utf-8"))]
     chance = random.Random(5)
-    for name, pairs in (("medical", dict(medical)), ("riddles", dict(riddles))):
-        answers = list(pairs.values())
+    kinds = {"medical": dict(medical), "riddles": dict(riddles)}
+    for (name, pairs), others in zip(kinds.items(), reversed(kinds.values()), strict=True):
+        wrong = list(others.values())
         order = chance.sample(sorted(pairs), len(pairs))
         held, learnt = order[: len(order) // 10], order[len(order) // 10 :]
         _write(folder / f"test-{name}.jsonl", [{"input": one, "output": pairs[one]} for one in held])
         _write(folder / f"{name}.jsonl", [{"input": one, "output": pairs[one]} for one in learnt])
-        compared = [{"prompt": one, "chosen": pairs[one], "rejected": chance.choice(answers)} for one in learnt]
-        _write(folder / f"pairs-{name}.jsonl", [row for row in compared if row["chosen"] != row["rejected"]])
+        drawn = [chance.randrange(len(pairs)) % len(wrong) for _ in learnt]
+        compared = [
+            {"prompt": one, "chosen": pairs[one], "rejected": wrong[number]}
+            for one, number in zip(learnt, drawn, strict=True)
+        ]
+        _write(folder / f"pairs-{name}.jsonl", compared)
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:
