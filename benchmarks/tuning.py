@@ -4,7 +4,7 @@
 
 A small ERNIE with the real vocabulary learns Chinese from poems and statutes: the base. From it start full fine-tuning
 and LoRA on short medical questions and on riddles, and from the tuned model DPO, where the rejected answer is one to a
-question of the other kind. `ernie eval` asks the base and the tuned model the test questions, which nobody was trained on.
+question of the other kind. `ernie eval` asks the base and the tuned model the test questions; none was trained on.
 A run that was interrupted goes on with the same command.
 """
 
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def write_pairs(data: Path, folder: Path) -> None:
-    """medical.jsonl and riddles.jsonl: input, output; the same with an answer of the other kind: pairs-*.jsonl; test-*.jsonl."""
+    """medical.jsonl, riddles.jsonl: input, output; pairs-*.jsonl, with an answer of the other kind; test-*.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     with (data / FILES[2]).open(encoding="gb18030", newline="") as file:
         rows = [(row["title"].strip(), row["answer"].strip()) for row in csv.DictReader(file)]
