@@ -31,7 +31,9 @@ from ernie_dist.world import World
 class _Wanted:
     """Sequences of one source and split."""
 
+    source: str
     name: str
+    """of the file that holds what was said"""
     reader: SequenceReader
     sequences: np.ndarray
     """int64 [sequences]"""
@@ -53,12 +55,12 @@ class References:
         engine: Engine,
         world: World,
         log_probabilities: Measure,
-        cancelled: Callable[[], bool],
+        cancelled: Callable[[str, int, int], bool],
     ) -> References | None:
         """Asks the model as it is now about the pairs the stage will train on, and those held out.
 
-        `log_probabilities` gives those of each document. Collective. None where `cancelled`, which has to be the same
-        on all ranks, said so.
+        `log_probabilities` gives those of each document. Collective. `cancelled` is told a source, how many of its
+        sequences are being asked about, and of how many; None where it said so, which has to be the same on all ranks.
         """
         ratios = {}
         for wanted in _wanted(job, stage):
@@ -66,8 +68,9 @@ class References:
             found = np.zeros(len(packs.lengths), np.float32)
             size = max(1, stage.micro_batch_size * stage.sequence_length // packs.sequence_length)
             batches = dealt(wanted.reader, wanted.sequences, world, size)
-            for micro, log_p in engine.measure(log_probabilities, batches):
-                if cancelled():
+            for number, (micro, log_p) in enumerate(engine.measure(log_probabilities, batches), start=1):
+                of = len(wanted.sequences)
+                if cancelled(wanted.source, min(of, number * size * world.size), of):
                     return None
                 if micro.pairs is not None:
                     log_p, chosen = log_p.float().cpu(), micro.pairs.chosen_P
@@ -151,12 +154,12 @@ def _wanted(job: ResolvedJob, stage: ResolvedStage) -> Iterator[_Wanted]:
     for name, marks in zip(order.sources, drawn, strict=True):
         source = PreparedSource.open(Path(job.sources[name].folder))
         packs = source.packs("train", stage.sequence_length)
-        yield _Wanted(_key(name, "train"), SequenceReader(source, packs, stage.loss), np.flatnonzero(marks))
+        yield _Wanted(name, _key(name, "train"), SequenceReader(source, packs, stage.loss), np.flatnonzero(marks))
         if job.sources[name].held_out:
             packs = source.packs("validation", job.spec.evaluation_length)
             count = min(job.spec.held_out_sequences, len(packs))
             key = _key(name, "validation", packs.sequence_length, count)
-            yield _Wanted(key, SequenceReader(source, packs, "answers"), np.arange(count))
+            yield _Wanted(name, key, SequenceReader(source, packs, "answers"), np.arange(count))
 
 
 def _key(source: str, split: str, *cut: int) -> str:

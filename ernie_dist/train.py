@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
@@ -45,6 +47,9 @@ from ernie_dist.stop import StopRequest
 from ernie_dist.straggler import BusyTimes
 from ernie_dist.trusted_files import UNREAD
 from ernie_dist.world import World
+
+_TELL_EVERY = 10.0
+"""seconds between two lines on how far the asking about pairs is"""
 
 
 def train(run_dir: Path, attempt: int, world: World, console: IO[str], heartbeat: Heartbeat | None = None) -> bool:
@@ -163,9 +168,16 @@ class _Attempt:
     def _ask_references(self, stage: ResolvedStage) -> bool:
         """Asks the model about a preference stage's pairs, before its first step. False if a stop came first."""
         self.beat.enter(Phase.EVALUATE, self.progress.step)
-        found = References.measure(
-            self.job, stage, self.engine, self.world, answer_log_probabilities, self._is_asked_to_stop
-        )
+        told = -math.inf
+
+        def cancelled(source: str, sequences: int, of: int) -> bool:
+            nonlocal told
+            if time.monotonic() - told > _TELL_EVERY or sequences == of:
+                told = time.monotonic()
+                self.events.emit(events.ReferenceAsked(stage.name, source, sequences, of))
+            return self._is_asked_to_stop()
+
+        found = References.measure(self.job, stage, self.engine, self.world, answer_log_probabilities, cancelled)
         if found is None:
             self._tell_of_saves(wait=True)
             saved = self.world.from_main(self._has_checkpoint() if self.world.is_main else None)

@@ -22,6 +22,7 @@ from ernie_dist.events.event import (
     Failed,
     Finished,
     Preflight,
+    ReferenceAsked,
     Restored,
     StageStarted,
     StepFinished,
@@ -188,6 +189,9 @@ class ConsoleSink:
             return [f"checkpoint {event.checkpoint} is not used: {event.reason}"]
         if isinstance(event, StageStarted):
             return [f"stage {event.stage} ({event.batches} steps), from step {event.step}"]
+        if isinstance(event, ReferenceAsked):
+            about = f"{event.sequences:,} of {event.of:,} sequences of {event.source}"
+            return [f"asking what the model says now of the pairs of {event.stage}: {about}"]
         if isinstance(event, CheckpointSaved):
             size, waited = human_bytes(event.bytes), event.blocked
             return [f"checkpoint {event.checkpoint}: {size} in {event.seconds:.1f} s, {waited:.1f} s of it waited for"]

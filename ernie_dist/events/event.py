@@ -142,6 +142,16 @@ class BatchesSkipped(Event):
 
 
 @dataclass(frozen=True)
+class ReferenceAsked(Event):
+    """How far the model is in saying, before a preference stage, what it thinks of the pairs of one source now."""
+
+    stage: str
+    source: str
+    sequences: int
+    of: int
+
+
+@dataclass(frozen=True)
 class Evaluated(Event):
     """Held-out loss of one source: a cell of the stage x source matrix."""
 

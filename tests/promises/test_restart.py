@@ -65,7 +65,7 @@ def events(files: RunFiles, kind: str) -> list[dict[str, Any]]:
 def test_a_killed_rank_and_a_killed_attempt_are_started_again_and_the_curve_is_the_same(runs, uninterrupted):
     run, files = "restarted", runs.files("restarted")
     process = runs.start(run, "restarts.wait=1s", restart=True)
-    until(process, lambda: (runs.steps_of(run, 1) or [0])[-1] >= 8)
+    until(process, lambda: (runs.steps_of(run, 1) or [0])[-1] >= 8 and bool(complete_checkpoints(files.checkpoints)))
     os.kill(ranks(files, 1)[1], signal.SIGKILL)
     until(process, lambda: (runs.steps_of(run, 2) or [0])[-1] >= 17)
     os.killpg(int(files.process(2).read_text()), signal.SIGKILL)

@@ -183,8 +183,10 @@ def test_references_are_the_models_own_until_it_learns_and_survive_a_restart_unl
     spec = EngineSpec(kind="plain", precision="fp32")
     engine = build_engine(spec, OptimizerSpec(), [], partial(build, job, 1), summed_loss, World())
     measure = partial(References.measure, job, stage, engine, World(), answer_log_probabilities)
-    assert measure(lambda: True) is None, "a stop comes first"
-    references = measure(lambda: False)
+    assert measure(lambda *_: True) is None, "a stop comes first"
+    told: list[tuple[str, int, int]] = []
+    references = measure(lambda *told_of: bool(told.append(told_of)))
+    assert told[0][0] == "pairs" and told[-1][1] == told[-1][2]
     references.write(folder)
     references.write(folder)  # a stage that begins again
     again = References.read(folder, stage)
