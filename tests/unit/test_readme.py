@@ -17,7 +17,18 @@ from launcher.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ("README.md", "README.zh.md")
-DOCS = ("architecture", "jobs", "data", "evaluate", "chat-and-serve", "slurm", "ray", "fault-tolerance", "security")
+DOCS = (
+    "architecture",
+    "jobs",
+    "data",
+    "evaluate",
+    "results",
+    "chat-and-serve",
+    "slurm",
+    "ray",
+    "fault-tolerance",
+    "security",
+)
 PAGES = (*READMES, "CONTRIBUTING.md", *(f"docs/{name}.md" for name in DOCS))
 EXAMPLE = "job.yaml"
 """the job that a README shows in full; commands in it name it as a file"""
