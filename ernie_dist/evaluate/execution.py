@@ -200,6 +200,8 @@ def _ends(child: subprocess.Popen[bytes], deadline: float) -> bool:
 
 def _end(child: subprocess.Popen[bytes]) -> None:
     """Killed, its init dies with it, and with that all processes of its namespace; without one, all of its group."""
+    os.kill(child.pid, signal.SIGTERM)  # not reaped yet: it is still this one's number
+    _ends(child, time.monotonic() + 5)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     for stream in (child.stdin, child.stdout):

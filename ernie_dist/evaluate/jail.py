@@ -52,6 +52,8 @@ def main() -> None:
         _die_with_parent()  # new capabilities clear it
     child = os.fork()
     if child:
+        # Ended in time or not, this process stays until the kernel has ended all that its init had started.
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
         _exit_as(child)
     _die_with_parent()
     if limits["confined"]:
