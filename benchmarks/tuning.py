@@ -157,7 +157,7 @@ def _tuned(folder: Path, tokenizer: str, quick: bool) -> dict[str, dict[str, Any
             model={"from_pretrained": str(full)},
             sources=compared,
             curriculum=[prefer],
-            schedule={**cosine, "peak": 1e-4},
+            schedule={**cosine, "peak": 3e-5},
         ),
     }
 
