@@ -59,7 +59,7 @@ def main() -> None:
         "over_all_logits": ratios,
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "peak_bytes": {name: end["bytes"] for name, end in ends.items()},
-        "settings": {"positions": positions, "width": WIDTH, "vocabulary": VOCABULARY, "dtype": "fp32", "device": "cpu"},
+        "settings": {"positions": positions, "width": WIDTH, "vocabulary": VOCABULARY, "dtype": "fp32"},
     }
     keep("head", result, quick=arguments.quick)
 
