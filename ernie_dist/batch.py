@@ -40,6 +40,8 @@ class Pairs:
     reference_P: torch.Tensor | None = None
     """float32: log p(chosen) - log p(rejected) of the reference, once it was looked up"""
     beta: float = 0.0
+    sft_weight: float = 0.0
+    """of the chosen answers' own loss, beside that of the comparison"""
 
     def to(self, device: torch.device) -> Pairs:
         reference_P = None if self.reference_P is None else self.reference_P.to(device)
