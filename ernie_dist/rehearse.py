@@ -9,6 +9,7 @@ import argparse
 import gc
 import json
 import re
+import sys
 import time
 from functools import partial
 from importlib import import_module
@@ -25,6 +26,7 @@ from ernie_dist.engine.select import build_engine
 from ernie_dist.model.build import build_model
 from ernie_dist.model.loss import summed_loss
 from ernie_dist.spec.curriculum import StageSpec
+from ernie_dist.spec.errors import ErnieError
 from ernie_dist.spec.job import JobSpec
 from ernie_dist.spec.training import ModelSpec
 from ernie_dist.world import World
@@ -155,7 +157,7 @@ def _page_in(job: JobSpec) -> None:
     gc.collect()
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ernie_dist.rehearse", description=__doc__)
     parser.add_argument("job", type=Path)
     parser.add_argument("result", type=Path)
@@ -166,11 +168,16 @@ def main() -> None:
     job = JobSpec.model_validate_json(options.job.read_text(encoding="utf-8"))
     stage = next(stage for stage in job.curriculum if stage.name == options.stage)
     world = World.from_environment()
-    found = rehearse(job, stage, options.vocabulary, options.steps, world)
+    try:
+        found = rehearse(job, stage, options.vocabulary, options.steps, world)
+    except ErnieError as error:
+        print(f"ernie: {error}", file=sys.stderr)
+        return error.exit_code
     if world.is_main:
         options.result.write_text(json.dumps(found), encoding="utf-8")
     world.close()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,6 +18,8 @@ ASSUMED_FRAGMENTATION = 0.05
 """of a GPU's tensors: blocks of torch's allocator that are free and too small for what comes"""
 ASSUMED_CONTEXT = 0.8e9
 """bytes of a GPU that CUDA, its libraries' workspaces and NCCL take, and torch does not count"""
+FULL = 0.95
+"""share of a device's memory that a plan may fill"""
 CPU_PROCESS = 0.4e9
 """bytes of a CPU rank with torch, transformers and DeepSpeed loaded, before there is a model; measured"""
 CPU_FRAGMENTATION = 0.15
@@ -26,7 +28,9 @@ CPU_FRAGMENTATION = 0.15
 _NF4 = 0.52
 """bytes per weight: 4 bits, and a twice quantised scale for every 64 weights (arXiv:2305.14314)"""
 _LOGITS_AT_ONCE = {True: 1 << 25, False: 1 << 28}
-"""logits that the loss works on in one go, on a CPU and on a GPU (ernie_dist.model.loss)"""
+"""on a CPU, and on a GPU: as ernie_dist.model.head has it, which imports torch"""
+_LOGITS_IN_CACHE = 1 << 21
+"""likewise, of a CPU"""
 _ALLREDUCE_AT_ONCE = 500_000_000
 """gradients that DeepSpeed flattens and reduces in one go without ZeRO"""
 _BUCKET = 500_000_000
@@ -120,6 +124,21 @@ def estimate_memory(
     if device is not None and device.cpu:
         return replace(fullest, fragmentation=CPU_FRAGMENTATION * fullest.activations, process=CPU_PROCESS)
     return replace(fullest, fragmentation=ASSUMED_FRAGMENTATION * fullest.tensors, process=ASSUMED_CONTEXT)
+
+
+def largest_micro_batch(
+    job: JobSpec, stage: StageSpec, shape: ModelShape, ranks: int, device: Device
+) -> tuple[int, Memory]:
+    """The largest micro_batch_size that cuts a batch of this stage evenly and fits, and the memory it takes.
+
+    0, and the memory of 1, where none fits. Raises ValueError where the batch cannot be dealt to the ranks.
+    """
+    per_rank = job.batch_plan(stage.model_copy(update={"micro_batch_size": 1}), ranks).sequences_per_rank
+    for size in (size for size in range(per_rank, 0, -1) if per_rank % size == 0):
+        memory = estimate_memory(job, stage.model_copy(update={"micro_batch_size": size}), shape, ranks, device)
+        if memory.total < FULL * device.memory:
+            return size, memory
+    return 0, memory
 
 
 def layer_activations(job: JobSpec, shape: ModelShape, policy: Policy, length: int, device: Device | None) -> float:
@@ -276,13 +295,17 @@ class _Work:
         ends = (4 + 2 * width) * hidden  # the last norm, and the positions with a label
         kept = (shape.layers - again) * layer + again * width * hidden + shared + ends
         backward = width * (2 * _mlp_width(shape) + 2 * hidden) + (layer if again else 0)
-        positions = rows * length
-        at_once = min(positions, max(1, _LOGITS_AT_ONCE[device is not None and device.cpu] // max(1, shape.vocab_size)))
+        positions, on_cpu = rows * length, device is not None and device.cpu
+        at_once = min(positions, max(1, _LOGITS_AT_ONCE[on_cpu] // max(1, shape.vocab_size)))
+        logits = at_once * shape.vocab_size
+        # A chunk is let go of when the next one is there; of a part of it the exponentials are there as well.
+        chunks = (4 + (width if width == 2 else 0)) * logits * (2 if at_once < positions else 1)
+        exponentials = 4 * (min(logits, _LOGITS_IN_CACHE) if on_cpu else logits)
         head = 4 * shape.vocab_size * hidden if job.model.adapter is None else 0
         return cls(
             kept=positions * kept,
             layer=positions * backward,
             least=positions * (shared + 2 * width * hidden),
-            chunk=at_once * shape.vocab_size * (8 + (width if width == 2 else 0)),
+            chunk=max(chunks, chunks / (2 if at_once < positions else 1) + exponentials),
             head=head + positions * width * hidden,
         )
