@@ -227,7 +227,8 @@ class _States:
         if policy.zero == 0:
             gradients = (4 + width * half) * trained
             flat = width * min(_ALLREDUCE_AT_ONCE, trained)
-            return cls(weights, (8 + 4 * half) * trained, *[gradients] * 4, reducing=flat)
+            moments = (8 + 4 * half) * trained
+            return cls(weights, moments, gradients, gradients, gradients, gradients, reducing=flat)
         states = 0.0 if policy.offloaded and not on_cpu else 12 * part
         # Memory that nothing was written to is nothing on a CPU, and has its full size on a GPU.
         touched = min(policy.bucket, trained) if on_cpu else policy.bucket
@@ -237,7 +238,7 @@ class _States:
             buffer = 4 * part if states else 0.0
             travels = 2 * width * min(policy.bucket, trained)
             held = gathered + width * touched
-            return cls(own, states, *[buffer] * 3, 2 * buffer, reducing=travels, held=held, always=True)
+            return cls(own, states, buffer, buffer, buffer, 2 * buffer, reducing=travels, held=held, always=True)
         # Summed up in a copy of the bucket, or, where there is nobody to sum with, just put aside; then made one piece
         # for the update, after which the new weights are gathered in a copy of all of them.
         summed = width * min(policy.bucket, trained) if ranks > 1 else 4 * part
@@ -294,7 +295,8 @@ class _Work:
         shared = 8 * shape.attention_width / shape.heads + (0 if _flash(policy, device) else length)  # rotary, mask
         ends = (4 + 2 * width) * hidden  # the last norm, and the positions with a label
         kept = (shape.layers - again) * layer + again * width * hidden + shared + ends
-        backward = width * (2 * _mlp_width(shape) + 2 * hidden) + (layer if again else 0)
+        # Gradients of gate, up and their product, of the residual, and of what a norm is made of.
+        backward = width * (3 * _mlp_width(shape) + 4 * hidden) + (layer if again else 0)
         positions, on_cpu = rows * length, device is not None and device.cpu
         at_once = min(positions, max(1, _LOGITS_AT_ONCE[on_cpu] // max(1, shape.vocab_size)))
         logits = at_once * shape.vocab_size

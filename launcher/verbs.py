@@ -229,7 +229,12 @@ def quickstart(options: Namespace) -> int:
 
 
 def _load(options: Namespace, *, ranks: int | None) -> JobSpec:
-    return load_job(find_asset("recipes", options.job, ".yaml"), options.overrides, ranks=ranks)
+    from launcher.fit import settled
+
+    job, chosen = settled(load_job(find_asset("recipes", options.job, ".yaml"), options.overrides, ranks=ranks))
+    if chosen:
+        print(chosen)
+    return job
 
 
 def _existing(path: str) -> RunDir:

@@ -141,6 +141,9 @@ class EngineSpec(Strict):
     )
     compile: bool = Field(False, description="torch.compile of every layer: a slow first step, faster later ones")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients above this norm are scaled down to it")
+    memory: Literal["manual", "auto"] = Field(
+        "manual", description="auto: recompute and offload as much as resources.device needs, and no more"
+    )
 
     @model_validator(mode="after")
     def _positive(self) -> EngineSpec:
