@@ -97,6 +97,7 @@ def memory(*, quick: bool) -> None:
         found = calibrate.run(job, job.curriculum[0], case.vocabulary, 1, HANDED_BACK)
         parts = {name: size for name, size in planned.parts.items() if name not in ("fragmentation", "process")}
         rows.append(_row(case, planned.tensors, found["memory"], parts=parts, process=found["process"]))
+        say(f"  {found['memory'] / 1e6:.0f} MB, planned {planned.tensors / 1e6:.0f} ({rows[-1]['off']:+.1%})")
     _tell("memory", rows, "MB", 1e6)
     what = "bytes that a CPU rank had resident at most in a step, and the tensors of ernie plan"
     _keep("memory", what, rows, quick=quick)
