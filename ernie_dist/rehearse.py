@@ -12,7 +12,6 @@ import re
 import sys
 import time
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,7 +43,7 @@ def rehearse(job: JobSpec, stage: StageSpec, vocab_size: int, steps: int, world:
     """
     world.connect()
     plan = job.batch_plan(stage, world.size)
-    _page_in(job)
+    _page_in(job, stage, world)
     held = _CudaMemory() if world.device.type == "cuda" else _HostMemory()
     engine = _engine(job, stage, vocab_size, world)
     seconds: dict[int, list[float]] = {1: [], 2: []}
@@ -144,16 +143,16 @@ def _status(name: str) -> int:
     return 1024 * int(found[1])
 
 
-def _page_in(job: JobSpec) -> None:
+def _page_in(job: JobSpec, stage: StageSpec, world: World) -> None:
     """A step of a tiny model: what is loaded at first use belongs to the process, not to the model."""
-    tiny = ModelSpec(preset="ernie-4.5-tiny", override={"vocab_size": 64})
-    model = build_model(tiny, 64, job.seed)
-    row = Row(np.zeros(8, np.int64), np.zeros(8, np.int64), np.arange(8), np.array([8]))
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    summed_loss(model, stack([row])).backward()
-    optimizer.step()
-    if job.engine.kind == "deepspeed":
-        import_module("ernie_dist.engine.deepspeed")
+    vocabulary = 64
+    model = ModelSpec(preset="ernie-4.5-tiny", override={"vocab_size": vocabulary})
+    tiny = job.model_copy(update={"model": model})
+    short = stage.model_copy(update={"sequence_length": 8, "freeze": ()})
+    engine = _engine(tiny, short, vocabulary, world)
+    engine.step(_batch(tiny, short, 1, 1, vocabulary, 0, world), 1e-6)
+    engine.close()
+    del engine
     gc.collect()
 
 

@@ -207,12 +207,14 @@ class _States:
     """gradients while the weights are updated"""
     bucket: float = 0.0
     """where gradients go through in the backward pass"""
+    early: float = 0.0
+    """of it, what is there as soon as the backward pass begins"""
     reducing: float = 0.0
     """copies that travel"""
-    held: float = 0.0
-    """ZeRO 3, all the time: weights of other ranks, kept for their next use, and its bucket"""
+    gathered: float = 0.0
+    """ZeRO 3: weights of other ranks, each kept until it has been used for the last time"""
     always: bool = False
-    """ZeRO 3: whether `kept` is there from the start"""
+    """ZeRO 3: whether `kept` and the bucket are there from the start"""
 
     @classmethod
     def of(cls, job: JobSpec, shape: ModelShape, policy: Policy, ranks: int, *, on_cpu: bool) -> _States:
@@ -237,15 +239,16 @@ class _States:
             gathered = width * min(policy.live, trained + frozen / width) if ranks > 1 or not own else 0.0
             buffer = 4 * part if states else 0.0
             travels = 2 * width * min(policy.bucket, trained)
-            held = gathered + width * touched
-            return cls(own, states, buffer, buffer, buffer, 2 * buffer, reducing=travels, held=held, always=True)
+            bucket = width * touched
+            return cls(own, states, buffer, buffer, buffer, 2 * buffer, bucket, bucket, travels, gathered, always=True)
         # Summed up in a copy of the bucket, or, where there is nobody to sum with, just put aside; then made one piece
         # for the update, after which the new weights are gathered in a copy of all of them.
         summed = width * min(policy.bucket, trained) if ranks > 1 else 4 * part
         copied = max(4 * part * (1 if half else 2), width * trained if ranks > 1 else 0.0)
         if policy.zero == 2:
             buckets = touched if on_cpu or not policy.overlaps else 2 * touched
-            return cls(weights, states, 4 * part, 0.0, summed, copied, width * buckets)
+            early = 0.0 if on_cpu else width * buckets
+            return cls(weights, states, 4 * part, 0.0, summed, copied, width * buckets, early)
         # ZeRO 1 moves whole gradients into its bucket, one by one, when all are there.
         unused = 0.0 if on_cpu else 4 * touched
         return cls(weights, states, 4 * trained, 4 * trained, 4 * trained + summed, copied, reducing=unused)
@@ -259,16 +262,21 @@ def _moments(shape: ModelShape, job: JobSpec, states: _States, work: _Work, *, w
     meeting = embedding * ((2 if shape.tied else 0) + (1 if more else 0))
     before = states.kept if more or states.always else 0.0
     apart = before if not states.whole else 0.0
-    idle = Memory(weights=states.weights, optimizer=states.optimizer, communication=states.held)
-    busy = replace(idle, communication=states.held + states.bucket)
+    always = states.bucket if states.always else 0.0
+    last = min(states.gathered, embedding)  # the embedding is the last that is used
+    still = Memory(weights=states.weights, optimizer=states.optimizer)
+
+    def moment(communication: float, gradients: float, activations: float = 0.0, logits: float = 0.0) -> Memory:
+        named = {"communication": communication, "gradients": gradients}
+        return replace(still, activations=activations, logits=logits, **named)
+
     return [
-        replace(idle, gradients=before, activations=work.kept, logits=work.chunk + work.head),
-        replace(busy, gradients=before, activations=work.kept + work.layer, logits=work.head),
-        replace(busy, gradients=states.whole + apart + meeting, activations=work.least),
-        replace(busy, gradients=states.reduced + (apart if not states.always else 0.0),
-                communication=busy.communication + states.reducing),
-        replace(idle, gradients=states.copied),
-    ]  # fmt: skip
+        moment(states.gathered + always, before, work.kept, work.chunk + work.head),
+        moment(states.gathered + max(always, states.early), before, work.kept + work.layer, work.head),
+        moment(last + states.bucket, states.whole + apart + meeting, work.least),
+        moment(last + states.bucket + states.reducing, states.reduced + (0.0 if states.always else apart)),
+        moment(always, states.copied),
+    ]
 
 
 @dataclass(frozen=True)
