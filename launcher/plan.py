@@ -30,7 +30,7 @@ from launcher.estimate import (
 from launcher.memory import (
     ASSUMED_CONTEXT,
     ASSUMED_FRAGMENTATION,
-    CPU_FRAGMENTATION,
+    ASSUMED_HEAP,
     CPU_PROCESS,
     FULL,
     estimate_memory,
@@ -199,7 +199,7 @@ def _memory_lines(job: JobSpec, shape: ModelShape, ranks: int, cluster: Cluster 
 
 def _memory_assumptions(cluster: Cluster | None) -> str:
     if cluster and cluster.device.cpu:
-        return f"{CPU_FRAGMENTATION:.0%} of activations lost to fragmentation, {size_text(CPU_PROCESS)} a process"
+        return f"{ASSUMED_HEAP:.0%} of tensors lost to fragmentation, {size_text(CPU_PROCESS)} for libraries"
     return f"{ASSUMED_FRAGMENTATION:.0%} of tensors lost to fragmentation, {size_text(ASSUMED_CONTEXT)} for CUDA itself"
 
 
