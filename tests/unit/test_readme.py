@@ -24,6 +24,7 @@ DOCS = (
     "evaluate",
     "results",
     "chat-and-serve",
+    "plan",
     "slurm",
     "ray",
     "fault-tolerance",
