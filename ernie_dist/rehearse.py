@@ -22,7 +22,7 @@ import torch
 from ernie_dist.batch import Batch, Row, stack
 from ernie_dist.engine.base import Engine
 from ernie_dist.engine.select import build_engine
-from ernie_dist.model.build import build_model
+from ernie_dist.model.build import build_model, layer_options
 from ernie_dist.model.loss import summed_loss
 from ernie_dist.spec.curriculum import StageSpec
 from ernie_dist.spec.errors import ErnieError
@@ -78,7 +78,7 @@ def rehearse(job: JobSpec, stage: StageSpec, vocab_size: int, steps: int, world:
 
 
 def _engine(job: JobSpec, stage: StageSpec, vocab_size: int, world: World) -> Engine:
-    build = partial(build_model, job.model, vocab_size, job.seed, job.engine.gradient_checkpointing)
+    build = partial(build_model, job.model, vocab_size, job.seed, **layer_options(job.engine))
     origin = {"pretrained": job.model.from_pretrained is not None, "adapter": job.model.adapter is not None}
     freezes = [stage.freeze] if stage.freeze else []
     engine = build_engine(job.engine, job.optimizer, freezes, build, summed_loss, world, **origin)

@@ -32,7 +32,7 @@ from ernie_dist.guard import Recent
 from ernie_dist.heartbeat import Heartbeat, Phase
 from ernie_dist.meter import Meter
 from ernie_dist.model.base_weights import base_fingerprint
-from ernie_dist.model.build import build_model
+from ernie_dist.model.build import build_model, layer_options
 from ernie_dist.model.loss import answer_log_probabilities, summed_loss
 from ernie_dist.preflight import preflight
 from ernie_dist.progress import Progress
@@ -347,8 +347,7 @@ class _Attempt:
 
 def _build_engine(job: ResolvedJob, world: World) -> Engine:
     spec, engine = job.spec, job.spec.engine
-    how = {"checkpointing": engine.gradient_checkpointing, "compiled": engine.compile, "mlp_tiles": engine.mlp_tiles}
-    build = partial(build_model, spec.model, job.tokenizer.vocab_size, spec.seed, **how)
+    build = partial(build_model, spec.model, job.tokenizer.vocab_size, spec.seed, **layer_options(engine))
     freezes = list(dict.fromkeys(stage.freeze for stage in job.stages if stage.freeze))
     origin = {"pretrained": spec.model.from_pretrained is not None, "adapter": spec.model.adapter is not None}
     return build_engine(engine, spec.optimizer, freezes, build, summed_loss, world, **origin)

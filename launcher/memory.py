@@ -162,7 +162,8 @@ def layer_activations(job: JobSpec, shape: ModelShape, policy: Policy, length: i
     attention = 2 * width * (shape.attention_width + shape.key_value_width) + 4 * shape.heads + dense_mask + whole
     products = 4 if targets is None or "down_proj" in targets else 3  # gate, its silu, up, and their product
     thin = width * adapter.rank * len(targets) if adapter and targets else 0
-    return norms + rotary + attention + thin + width * products * _mlp_width(shape) + _routed(shape, width)
+    mlp = width * products * _mlp_width(shape) if job.engine.mlp_tiles == 1 else 0  # tiles are computed once more
+    return norms + rotary + attention + thin + mlp + _routed(shape, width)
 
 
 def _mlp_width(shape: ModelShape) -> float:
@@ -304,7 +305,9 @@ class _Work:
         ends = (4 + 2 * width) * hidden  # the last norm, and the positions with a label
         kept = (shape.layers - again) * layer + again * width * hidden + shared + ends
         # Gradients of gate, up and their product, of the residual, and of what a norm is made of.
-        backward = width * (3 * _mlp_width(shape) + 4 * hidden) + (layer if again else 0)
+        tiles = job.engine.mlp_tiles
+        mlp = width * (3 if tiles == 1 else 7) * _mlp_width(shape) / tiles
+        backward = mlp + width * 4 * hidden + (layer if again else 0)
         positions, on_cpu = rows * length, device is not None and device.cpu
         at_once = min(positions, max(1, _LOGITS_AT_ONCE[on_cpu] // max(1, shape.vocab_size)))
         logits = at_once * shape.vocab_size

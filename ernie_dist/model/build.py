@@ -15,7 +15,7 @@ from ernie_dist.model import attention
 from ernie_dist.model.head import with_loss_head
 from ernie_dist.spec.errors import SpecError
 from ernie_dist.spec.shape import config_values
-from ernie_dist.spec.training import ModelSpec
+from ernie_dist.spec.training import EngineSpec, ModelSpec
 
 
 def build_model(
@@ -79,6 +79,15 @@ def _drawn(values: dict[str, Any], options: dict[str, Any]) -> PreTrainedModel:
     if options["dtype"] == torch.float32:
         return model
     return type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), **options)
+
+
+def layer_options(engine: EngineSpec) -> dict[str, Any]:
+    """What build_model takes of a job's engine."""
+    return {
+        "checkpointing": engine.gradient_checkpointing,
+        "compiled": engine.compile,
+        "mlp_tiles": engine.mlp_tiles,
+    }
 
 
 def _in_four_bits() -> dict[str, Any]:

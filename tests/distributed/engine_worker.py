@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ernie_dist.batch import IGNORED, Batch, MicroBatch, Row, stack
 from ernie_dist.engine.base import Engine
 from ernie_dist.engine.select import build_engine, convert, read_weights
-from ernie_dist.model.build import build_model
+from ernie_dist.model.build import build_model, layer_options
 from ernie_dist.model.loss import answer_log_probabilities, summed_loss
 from ernie_dist.spec.training import AdapterSpec, EngineSpec, ModelSpec, OptimizerSpec
 from ernie_dist.trusted_files import write_state
@@ -79,7 +79,7 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
     model = ModelSpec(from_pretrained=case["base"]) if "base" in case else MODEL
     if "adapter" in case:
         model = model.model_copy(update={"adapter": AdapterSpec(**case["adapter"])})
-    build = partial(build_model, model, VOCABULARY, 17, spec.gradient_checkpointing, mlp_tiles=spec.mlp_tiles)
+    build = partial(build_model, model, VOCABULARY, 17, **layer_options(spec))
     freeze, pretrained = OF_ADAPTER if model.adapter else FREEZE, "base" in case
     make = partial(build_engine, optimizer=OptimizerSpec(), freezes=[freeze], build=build, world=world)
     make = partial(make, pretrained=pretrained, adapter=model.adapter is not None)

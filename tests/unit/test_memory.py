@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ernie_dist.batch import Batch, MicroBatch, Row, stack
 from ernie_dist.engine.select import build_engine
-from ernie_dist.model.build import build_model
+from ernie_dist.model.build import build_model, layer_options
 from ernie_dist.model.loss import summed_loss
 from ernie_dist.spec.errors import SpecError
 from ernie_dist.spec.hardware import DEVICES, cpu
@@ -96,7 +96,7 @@ def most_allocated(job: JobSpec) -> int:
     """Bytes of all tensors together at the fullest moment of two steps, from before the model was built on."""
     batch = Batch(0, "only", (micro_batch(),), np.zeros((ROWS, 2), np.int64), ROWS * LENGTH)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        build = partial(build_model, job.model, SHAPE["vocab_size"], 1, job.engine.gradient_checkpointing)
+        build = partial(build_model, job.model, SHAPE["vocab_size"], 1, **layer_options(job.engine))
         engine = build_engine(job.engine, job.optimizer, [()], build, summed_loss, World())
         engine.step(batch, 1e-6)
         engine.step(batch, 1e-6)  # with the optimizer's states
@@ -109,9 +109,9 @@ def most_allocated(job: JobSpec) -> int:
     return peak
 
 
-@pytest.mark.parametrize("checkpointing", ["none", 2, "full"])
-def test_the_fullest_moment_holds_what_torch_allocates(checkpointing: str | int) -> None:
-    job = job_of({"gradient_checkpointing": checkpointing})
+@pytest.mark.parametrize(("checkpointing", "tiles"), [("none", 1), (2, 1), ("full", 1), ("none", 4)])
+def test_the_fullest_moment_holds_what_torch_allocates(checkpointing: str | int, tiles: int) -> None:
+    job = job_of({"gradient_checkpointing": checkpointing, "mlp_tiles": tiles})
     planned = estimate_memory(job, job.curriculum[0], known_shape(job), 1, cpu(1))
     assert planned.tensors == pytest.approx(most_allocated(job), rel=0.05)
 
