@@ -233,7 +233,7 @@ def bare(case: Case, pace: Pace) -> None:
     from torch.nn.functional import cross_entropy
 
     model = _transformers_model(case).to(case.device).train()
-    optimizer = torch.optim.AdamW(_decayed(model), lr=RATE, betas=_adamw().betas, eps=_adamw().eps, fused=True)
+    optimizer = torch.optim.AdamW(_groups(model), lr=RATE, betas=_adamw().betas, eps=_adamw().eps, fused=True)
     rows = [{name: torch.from_numpy(value) for name, value in row.items()} for row in _for_transformers(case)]
     half = torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "bf16")
     size = case.micro_batch
@@ -343,9 +343,8 @@ def _adamw() -> Any:
     return OptimizerSpec()
 
 
-def _decayed(model: PreTrainedModel) -> list[dict[str, Any]]:
-    matrices = [one for one in model.parameters() if one.ndim >= 2]
-    others = [one for one in model.parameters() if one.ndim < 2]
+def _groups(model: PreTrainedModel) -> list[dict[str, Any]]:
+    matrices, others = ([one for one in model.parameters() if (one.ndim >= 2) == wanted] for wanted in (True, False))
     return [{"params": matrices, "weight_decay": _adamw().weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
