@@ -68,6 +68,8 @@ class MicroBatch:
     """int64, restarting at 0 with every document"""
     document_ends: torch.Tensor
     """int32 [documents + 1]: 0 and the end of every document in the flattened B*T positions; padding is one too"""
+    labelled_N: torch.Tensor
+    """int64: the flattened B*T positions that have a label, rising"""
     longest: int
     """positions of the longest document"""
     pairs: Pairs | None = None
@@ -78,14 +80,14 @@ class MicroBatch:
     @property
     def weight(self) -> int:
         """How many the loss is a sum over: pairs of answers, or labelled positions."""
-        return len(self.pairs.chosen_P) if self.pairs else int((self.labels_BT != IGNORED).sum())
+        return len(self.pairs.chosen_P) if self.pairs else len(self.labelled_N)
 
     def to(self, device: torch.device) -> MicroBatch:
         if device.type == "cpu":
             return self
         moved = (
             tensor.pin_memory().to(device, non_blocking=True)
-            for tensor in (self.tokens_BT, self.labels_BT, self.positions_BT, self.document_ends)
+            for tensor in (self.tokens_BT, self.labels_BT, self.positions_BT, self.document_ends, self.labelled_N)
         )
         pairs = self.pairs.to(device) if self.pairs else None
         return MicroBatch(*moved, longest=self.longest, pairs=pairs, chance=self.chance)
@@ -109,8 +111,10 @@ def stack(rows: Sequence[Row]) -> MicroBatch:
     tokens, labels, positions, documents, _ = zip(*rows, strict=True)
     lengths = np.concatenate(documents)
     ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    tensors = (torch.from_numpy(np.stack(part)) for part in (tokens, labels, positions))
-    return MicroBatch(*tensors, torch.from_numpy(ends), int(lengths.max()), _pairs(rows))
+    stacked = [np.stack(part) for part in (tokens, labels, positions)]
+    labelled = np.flatnonzero(stacked[1] != IGNORED)
+    tensors = map(torch.from_numpy, (*stacked, ends, labelled))
+    return MicroBatch(*tensors, longest=int(lengths.max()), pairs=_pairs(rows))
 
 
 def _pairs(rows: Sequence[Row]) -> Pairs | None:

@@ -342,11 +342,12 @@ class _Attempt:
 
 
 def _build_engine(job: ResolvedJob, world: World) -> Engine:
-    spec = job.spec
-    build = partial(build_model, spec.model, job.tokenizer.vocab_size, spec.seed, spec.engine.gradient_checkpointing)
+    spec, engine = job.spec, job.spec.engine
+    how = {"checkpointing": engine.gradient_checkpointing, "compiled": engine.compile}
+    build = partial(build_model, spec.model, job.tokenizer.vocab_size, spec.seed, **how)
     freezes = list(dict.fromkeys(stage.freeze for stage in job.stages if stage.freeze))
     origin = {"pretrained": spec.model.from_pretrained is not None, "adapter": spec.model.adapter is not None}
-    return build_engine(spec.engine, spec.optimizer, freezes, build, summed_loss, world, **origin)
+    return build_engine(engine, spec.optimizer, freezes, build, summed_loss, world, **origin)
 
 
 def _base(job: ResolvedJob, world: World) -> str | None:

@@ -20,19 +20,23 @@ class Documents:
     """Where documents end, in the form that the chosen implementation reads. Made once per micro-batch."""
 
     ends: torch.Tensor
-    longest: int
+    longest: torch.Tensor
+    """empty, [positions of the longest, 0]: a compiled layer takes it that a tensor's length changes, not a number"""
     same_document_BTT: torch.Tensor | None
     """bool [B, 1, T, T], causal within each document; None where variable-length flash attention runs"""
 
 
 def documents_of(document_ends: torch.Tensor, longest: int, rows: int, length: int, dtype: torch.dtype) -> Documents:
     """Prepares attention for one micro-batch of `rows` sequences of `length` tokens."""
+    lengths = torch.empty(max(2, longest), 0)  # of 0 and 1 compilers make special cases
+    for changing in (document_ends, lengths):
+        torch._dynamo.maybe_mark_dynamic(changing, 0)
     if uses_flash(document_ends.device, dtype):
-        return Documents(document_ends, longest, None)
+        return Documents(document_ends, lengths, None)
     positions = torch.arange(rows * length, device=document_ends.device)
     document_BT = torch.bucketize(positions, document_ends[1:].long(), right=True).view(rows, length)
     same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
-    return Documents(document_ends, longest, same_BTT.tril_()[:, None])
+    return Documents(document_ends, lengths, same_BTT.tril_()[:, None])
 
 
 def uses_flash(device: torch.device, dtype: torch.dtype) -> bool:
@@ -64,8 +68,8 @@ def packed_attention(
             *flat,
             documents.ends,
             documents.ends,
-            documents.longest,
-            documents.longest,
+            documents.longest.shape[0],
+            documents.longest.shape[0],
             scale=scaling,
             window_size=(-1, 0),
             enable_gqa=key.shape[1] != heads,

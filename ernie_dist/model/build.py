@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from ernie_dist.model import attention
+from ernie_dist.model.head import with_loss_head
 from ernie_dist.spec.errors import SpecError
 from ernie_dist.spec.shape import config_values
 from ernie_dist.spec.training import ModelSpec
@@ -19,10 +20,12 @@ def build_model(
     vocab_size: int,
     seed: int,
     checkpointing: str | int = "none",
+    compiled: bool = False,
     attn_implementation: str = attention.NAME,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """A model, the same weights on every rank. `checkpointing`: none, full, or n for every n-th layer.
+    """A model, the same weights on every rank. `checkpointing`: none, full, or n for every n-th layer;
+    `compiled`: layers go through torch.compile at their first use.
 
     With an adapter only that one requires gradients. In a `dtype` other than fp32 it is what transformers makes of the
     same weights in a folder: some, e.g. of a router, stay in fp32.
@@ -51,11 +54,14 @@ def build_model(
         raise SpecError(
             f"model has {rows:,} embedding rows, the tokenizer {vocab_size:,} tokens; they do not belong together"
         )
+    with_loss_head(model)
     if spec.adapter is not None:
         from ernie_dist.model.adapters import add_adapter  # peft takes seconds to import
 
         add_adapter(model, spec.adapter, seed)
     _checkpoint_layers(model, checkpointing)
+    if compiled:
+        _compile_layers(model)
     return model
 
 
@@ -91,3 +97,13 @@ def _checkpoint_layers(model: PreTrainedModel, every: str | int) -> None:
     step = 1 if every == "full" else int(every)
     for number, layer in enumerate(model.model.layers):
         layer.gradient_checkpointing = number % step == 0
+
+
+def _compile_layers(model: PreTrainedModel) -> None:
+    """Norms, rotary embedding and activation of a layer become one kernel each. A layer is compiled as a whole or not
+    at all, and anew only for another batch shape: which kernel adds up is not to depend on what came before."""
+    if getattr(model.config, "moe_num_experts", 0):
+        raise SpecError("engine.compile: layers with experts cannot be compiled as a whole; leave it out")
+    torch._dynamo.config.recompile_limit = 64
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, dynamic=False)

@@ -220,6 +220,9 @@ def _engine_problems(parts: _Parts) -> Iterator[Problem]:
             if adapter and adapter.quantize != "none" and zero_stage(policy) == 3:
                 why = "weights of 4 bits cannot be partitioned; use zero2 or less, or leave quantize out"
                 yield Problem("engine.ds_config", why, parts.engine.ds_config)
+            if parts.engine.compile and zero_stage(policy) == 3:
+                why = "ZeRO 3 gathers weights between the parts of a layer; use zero2 or less, or leave compile out"
+                yield Problem("engine.compile", why)
     elif parts.engine is not None and parts.resources is not None and parts.resources.world_size > 1:
         yield Problem("engine.kind", "plain runs on one rank; use deepspeed, or --ranks 1", "plain")
     if parts.model is not None:

@@ -139,6 +139,7 @@ class EngineSpec(Strict):
     gradient_checkpointing: Literal["none", "full"] | int = Field(
         "none", description="none, full, or n to recompute every n-th layer"
     )
+    compile: bool = Field(False, description="torch.compile of every layer: a slow first step, faster later ones")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients above this norm are scaled down to it")
 
     @model_validator(mode="after")
