@@ -203,7 +203,7 @@ class Pace:
 # ------------------------------------------------------------------------------------------------------------ the sides
 
 
-def ours(case: Case, pace: Pace, kind: str) -> None:
+def ours(case: Case, pace: Pace, kind: str, *, compiled: bool = False) -> None:
     """An engine's step, as the training loop calls it."""
     import numpy as np
 
@@ -217,7 +217,7 @@ def ours(case: Case, pace: Pace, kind: str) -> None:
     world, rows, size = World(), _packed_rows(case), case.micro_batch
     world.connect()
     spec = EngineSpec(kind=kind, ds_config=case.zero, precision=case.precision, micro_batch_size=size)
-    build = partial(build_model, ModelSpec(**case.model), case.vocabulary, 0)
+    build = partial(build_model, ModelSpec(**case.model), case.vocabulary, 0, compiled=compiled)
     engine = build_engine(spec, OptimizerSpec(), [], build, summed_loss, world)
     micros = [stack(rows[first : first + size]) for first in range(0, len(rows), size)]
     ids, tokens = np.zeros((size, 2), np.int64), size * case.sequence_length
@@ -360,6 +360,7 @@ class Side:
 
 SIDES = {
     "ours": Side("our engine on DeepSpeed, packed rows", partial(ours, kind="deepspeed"), deepspeed=True),
+    "compiled": Side("the same with engine.compile", partial(ours, kind="deepspeed", compiled=True), deepspeed=True),
     "plain": Side("our plain engine, packed rows: what losses are held to", partial(ours, kind="plain")),
     "trainer": Side(
         "transformers.Trainer, a document a row, padded", partial(trainer, padded=True, deepspeed=False), padded=True
