@@ -5,7 +5,7 @@ global batch --dealt to ranks--> Batch --cut--> MicroBatch [B, T] --one forward 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -85,12 +85,17 @@ class MicroBatch:
     def to(self, device: torch.device) -> MicroBatch:
         if device.type == "cpu":
             return self
-        moved = (
-            tensor.pin_memory().to(device, non_blocking=True)
-            for tensor in (self.tokens_BT, self.labels_BT, self.positions_BT, self.document_ends, self.labelled_N)
-        )
         pairs = self.pairs.to(device) if self.pairs else None
-        return MicroBatch(*moved, longest=self.longest, pairs=pairs, chance=self.chance)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True), pairs)
+
+    def pinned_for(self, device: torch.device) -> MicroBatch:
+        """In memory that this GPU can fetch while the host goes on."""
+        with torch.cuda.device(device):  # a new thread's is the first one
+            return self._each(torch.Tensor.pin_memory, self.pairs)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor], pairs: Pairs | None) -> MicroBatch:
+        tensors = (self.tokens_BT, self.labels_BT, self.positions_BT, self.document_ends, self.labelled_N)
+        return MicroBatch(*map(change, tensors), longest=self.longest, pairs=pairs, chance=self.chance)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from ernie_dist.events.console import ConsoleSink
 from ernie_dist.events.history import read_events, read_metrics
 from ernie_dist.events.sinks import build_sinks
 from ernie_dist.export.transformers_folder import export_model
+from ernie_dist.garbage import Garbage
 from ernie_dist.guard import Recent
 from ernie_dist.heartbeat import Heartbeat, Phase
 from ernie_dist.meter import Meter
@@ -88,15 +89,17 @@ class _Attempt:
         self.busy = BusyTimes(world, job.spec.watchdog.straggler)
 
     def run(self) -> bool:
+        garbage = Garbage()
         try:
             self.events.emit(self.preflight)
             self._restore()
             self.events.emit(self._started())
-            return self._run()
+            return self._run(garbage)
         finally:
+            garbage.close()
             self.events.close()
 
-    def _run(self) -> bool:
+    def _run(self, garbage: Garbage) -> bool:
         job, engine, beat, refusals, evaluations = self.job, self.engine, self.beat, self.refusals, self.evaluations
         before = job.stage_at(self.progress.batch_index - 1) if self.progress.batch_index else None
         if evaluations.owed(before, self.progress):
@@ -141,6 +144,7 @@ class _Attempt:
                 self.events.emit(self._stopped(saved=saving))
             if stopping or finished:
                 break
+            garbage.after(self.progress.step)
             self.meter.resume()
             beat.enter(Phase.READ, self.progress.step + 1)
         if not stopping:

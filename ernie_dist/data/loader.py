@@ -105,6 +105,8 @@ class BatchLoader:
             replace(stack(rows[first : first + size]), chance=self._chance(batch_index, stage, first, size))
             for first in range(0, len(rows), size)
         )
+        if self._world.device.type == "cuda":
+            micro_batches = tuple(micro.pinned_for(self._world.device) for micro in micro_batches)
         return Batch(batch_index, stage.name, micro_batches, ids, stage.tokens_per_batch)
 
     def _chance(self, batch_index: int, stage: ResolvedStage, first: int, size: int) -> Chance | None:

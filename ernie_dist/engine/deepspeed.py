@@ -145,7 +145,8 @@ class DeepSpeedEngine:
             engine.train()
             self._training = True
         mine = sum(micro.weight for micro in batch.micro_batches)
-        counted = world.begin_sum(torch.tensor(mine))  # wanted by the first backward, not before
+        begun = world.begin_sum(torch.tensor(mine))
+        weight = cache(lambda: int(begun()))  # wanted by the first backward, not before
         self._groups.set_learning_rate(self._optimizer.param_groups, learning_rate)
         totals: list[torch.Tensor] = []
         clock = ForwardClock(self._device)
@@ -154,22 +155,22 @@ class DeepSpeedEngine:
             with clock:
                 summed = engine(micro.to(self._device)).reshape(-1)
             totals.append(summed.detach())
-            engine.backward(summed[0] * (world.size / max(1, int(counted()))), scale_wrt_gas=False)
+            engine.backward(summed[0] * (world.size / max(1, weight())), scale_wrt_gas=False)
         flags = torch.full((1,), float(flag()), device=self._device)
         summed_up = world.begin_sum(torch.cat([torch.stack(totals).sum(dim=0), flags]))
-        weight, before_clipping = int(counted()), self._grad_norm_before_step()
+        before_clipping = self._grad_norm_before_step()
 
         @cache
         def accepted() -> bool:  # asked for every parameter group
-            return accepts(summed_up()[0].item() / max(1, weight), self._grad_norm(before_clipping))
+            return accepts(summed_up()[0].item() / max(1, weight()), self._grad_norm(before_clipping))
 
         self._accepted = accepted
         engine.step()
         *sums, flagged = summed_up().tolist()
-        loss, *figures = (total / max(1, weight) for total in sums)
+        loss, *figures = (total / max(1, weight()) for total in sums)
         norm = self._grad_norm(before_clipping)
         applied = engine.was_step_applied() and accepted()
-        return StepResult(loss, norm, weight, applied, flagged > 0, tuple(figures), clock.seconds())
+        return StepResult(loss, norm, weight(), applied, flagged > 0, tuple(figures), clock.seconds())
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:

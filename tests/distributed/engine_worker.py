@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ernie_dist.batch import IGNORED, Batch, MicroBatch, Row, stack
 from ernie_dist.engine.base import Engine
@@ -51,6 +52,22 @@ def batch(step: int, world: World, micro: int) -> Batch:
     return Batch(step, "stage", cut, np.zeros((SEQUENCES, 2), np.int64), SEQUENCES * LENGTH)
 
 
+class HostReads(TorchDispatchMode):
+    """After each of these the host knows what the device has computed, and has waited for it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += str(operation.overloadpacket) in ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero")
+        return operation(*args, **(kwargs or {}))
+
+
+def host_reads(step: Callable[[], object]) -> int:
+    with HostReads() as reads:
+        step()
+    return reads.count
+
+
 def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
     spec = EngineSpec(**{key: value for key, value in case.items() if key not in NOT_OF_ENGINE})
     model = ModelSpec(from_pretrained=case["base"]) if "base" in case else MODEL
@@ -73,6 +90,8 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
             for name, state in engine.snapshot().items():
                 write_state(folder / name, state)
             world.barrier()
+    leave = {"learning_rate": 0.0, "accepts": lambda *numbers: False}
+    reads = [host_reads(lambda cut=cut: engine.step(batch(steps, world, cut), **leave)) for cut in (4, 1)]
     held_out: list[MicroBatch] = list(batch(99, world, micro).micro_batches)
     loss, tokens = engine.evaluate(held_out)
     poison[0] = math.inf
@@ -123,6 +142,7 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
         "flags": [overflow.flagged, refused.flagged],
         "after_refusals": after_refusals,
         "held_out": [loss, tokens],
+        "reads": reads,
         "weights": {name: float(tensor.double().abs().sum()) for name, tensor in sorted(weights.items())},
     }
 

@@ -98,6 +98,10 @@ def test_every_engine_gives_the_same_steps_under_unequal_masks_and_freezing(tmp_
         assert result["norms"] == close(reference["norms"]), result["case"]
         assert result["held_out"] == close(reference["held_out"]), result["case"]
         assert result["tokens"] == reference["tokens"]
+        once, per_micro_batch = result["reads"]
+        assert once == per_micro_batch, f"{result['case']}: the host waits for every micro-batch"
+        if "offload" not in result["case"].get("ds_config", ""):  # there the host does the update
+            assert once <= 12, f"{result['case']}: the host waits for every parameter"
         assert result["applied"]
         assert result["training"], "a step after an evaluation trains: recomputation and dropout depend on it"
         assert result["weights"].keys() >= reference["weights"].keys() - {"lm_head.weight"}
