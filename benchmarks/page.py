@@ -110,6 +110,20 @@ def _parity(run: dict[str, Any]) -> str:
     return f"Our loss over {parity['steps']} steps: at most {ours['largest']:.1g} from plain torch's." if ours else ""
 
 
+def _head(run: dict[str, Any]) -> Iterator[Figure]:
+    over, settings = run["over_all_logits"]["ours"], run["settings"]
+    yield Figure(
+        f"Head and loss alone: {settings['positions']:,} positions, vocabulary {settings['vocabulary']:,}",
+        f"Ours takes {over['seconds']['median']:.2f} of the time and {over['peak_memory']:.2f} of the memory of logits "
+        "of all positions at once.",
+        [
+            Bar(name, of["median"], f"{of['median']:.2f} s, {run['peak_bytes'][name] / 1e9:.2f} GB", name == "ours")
+            for name, of in run["seconds"].items()
+        ],
+        "shorter",
+    )
+
+
 def _trainer(run: dict[str, Any]) -> Iterator[Figure]:
     labels = {"trainer": "transformers.Trainer, padded to 512", "ours": "ours, packed"}
     for name in ("medical", "medical, by title", "riddles"):
@@ -284,6 +298,7 @@ def _communication(run: dict[str, Any]) -> Iterator[Figure]:
 
 FIGURES: dict[str, Callable[[dict[str, Any]], Iterator[Figure]]] = {
     "throughput": _throughput,
+    "head": _head,
     "trainer": _trainer,
     "overhead": _overhead,
     "scaling": _scaling,

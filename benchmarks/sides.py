@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from benchmarks.harness import peak_resident_bytes
@@ -220,6 +219,8 @@ def ours(case: Case, pace: Pace, kind: str, *, compiled: bool = False) -> None:
     build = partial(build_model, ModelSpec(**case.model), case.vocabulary, 0, compiled=compiled)
     engine = build_engine(spec, OptimizerSpec(), [], build, summed_loss, world)
     micros = [stack(rows[first : first + size]) for first in range(0, len(rows), size)]
+    if case.device == "cuda":  # as the loader's thread does
+        micros = [micro.pinned_for(world.device) for micro in micros]
     ids, tokens = np.zeros((size, 2), np.int64), size * case.sequence_length
     pace.begin()
     for index in count():
@@ -229,18 +230,21 @@ def ours(case: Case, pace: Pace, kind: str, *, compiled: bool = False) -> None:
 
 def bare(case: Case, pace: Pace) -> None:
     """What one writes with torch and a transformers model alone: logits of all positions, cross entropy, AdamW."""
+    import numpy as np
     import torch
     from torch.nn.functional import cross_entropy
 
     model = _transformers_model(case).to(case.device).train()
     optimizer = torch.optim.AdamW(_groups(model), lr=RATE, betas=_adamw().betas, eps=_adamw().eps, fused=True)
-    rows = [{name: torch.from_numpy(value) for name, value in row.items()} for row in _for_transformers(case)]
+    rows, size = _for_transformers(case), case.micro_batch
+    parts = [rows[first : first + size] for first in range(0, len(rows), size)]
+    batches = [{name: torch.from_numpy(np.stack([row[name] for row in part])) for name in part[0]} for part in parts]
+    if case.device == "cuda":
+        batches = [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
     half = torch.autocast(case.device, torch.bfloat16, enabled=case.precision == "bf16")
-    size = case.micro_batch
     pace.begin()
     for index in count():
-        chosen = rows[index % POOL * size : (index % POOL + 1) * size]
-        batch = {name: torch.stack([row[name] for row in chosen]).to(case.device) for name in chosen[0]}
+        batch = {name: one.to(case.device, non_blocking=True) for name, one in batches[index % POOL].items()}
         labels = batch.pop("labels")[:, 1:]
         with half:
             logits = model(**batch, use_cache=False).logits[:, :-1]
@@ -391,12 +395,3 @@ def run_side(name: str, case: Case) -> None:
     except Exception as error:
         print(json.dumps({"error": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}), file=answers)
         raise
-
-
-def environment(case: Case, port: int) -> dict[str, str]:
-    """Of a side's process: one rank, and no GPU where none is meant."""
-    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if case.device == "cpu" else {}
-    root = str(Path(__file__).resolve().parents[1])
-    path = {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
-    return {**os.environ, **cpu, **path, **one}

@@ -43,7 +43,7 @@ PHASES = (
     "torchrun and the ranks begin",
     "ranks import torch, transformers, deepspeed; they meet",
     "model and engine are built",
-    "held-out loss and first step",
+    "first step",
 )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import select
 import socket
 import subprocess
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.harness import in_turns, keep_run, parser, say, show, spread
-from benchmarks.sides import SIDES, Case, environment, packed_lengths, padded_lengths, run_side
+from benchmarks.sides import SIDES, Case, packed_lengths, padded_lengths, run_side
 
 OTHERS = ("trainer", "trainer-packed", "trainer-deepspeed", "bare", "compiled")
 SMALL = {
@@ -135,7 +136,7 @@ class _Running:
             self._process = subprocess.Popen(
                 own,
                 cwd=folder,
-                env=environment(case, _free_port()),
+                env=_environment(case),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -289,6 +290,21 @@ def _show(case: Case, device: str, result: dict[str, Any]) -> None:
         shares = " / ".join(f"{value:.1%}" for value in mfu.values())
         rows.append((name, f"{of['median']:,.0f}", ratio, f"{memory:.2f} GB", shares))
     show(("tokens/s", "median", "ours over it", "peak memory", "MFU full / causal"), rows)
+
+
+def _environment(case: Case) -> dict[str, str]:
+    """Of a side's process: one rank, and no GPU where none is meant."""
+    one = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if case.device == "cpu" else {}
+    root = str(Path(__file__).resolve().parents[1])
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
+    return {**os.environ, **cpu, **path, **one}
 
 
 def _free_port() -> int:
