@@ -136,7 +136,7 @@ def _tuned(folder: Path, tokenizer: str, quick: bool) -> dict[str, dict[str, Any
         for name in asked
     }
     prefer = {"name": "prefer", "sequence_length": 512, "mixture": {"pairs-medical": 0.6, "pairs-riddles": 0.4}}
-    prefer |= {"duration": "4 steps" if quick else "100 steps", "dpo": {"beta": 0.1}}
+    prefer |= {"duration": "4 steps" if quick else "100 steps", "dpo": {"beta": 0.1, "sft_weight": 1.0}}
     cosine = {"kind": "cosine", "warmup": "5 %"}
     full = folder / "full" / "export"
     return {
@@ -157,7 +157,7 @@ def _tuned(folder: Path, tokenizer: str, quick: bool) -> dict[str, dict[str, Any
             model={"from_pretrained": str(full)},
             sources=compared,
             curriculum=[prefer],
-            schedule={**cosine, "peak": 3e-5},
+            schedule={**cosine, "peak": 3e-4},
         ),
     }
 

@@ -40,6 +40,8 @@ class Pairs:
     reference_P: torch.Tensor | None = None
     """float32: log p(chosen) - log p(rejected) of the reference, once it was looked up"""
     beta: float = 0.0
+    sft_weight: float = 0.0
+    """of the chosen answers' own loss, beside that of the comparison"""
 
     def to(self, device: torch.device) -> Pairs:
         reference_P = None if self.reference_P is None else self.reference_P.to(device)
@@ -94,8 +96,8 @@ class MicroBatch:
             return self._each(torch.Tensor.pin_memory, self.pairs)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor], pairs: Pairs | None) -> MicroBatch:
-        tensors = (self.tokens_BT, self.labels_BT, self.positions_BT, self.document_ends, self.labelled_N)
-        return MicroBatch(*map(change, tensors), longest=self.longest, pairs=pairs, chance=self.chance)
+        names = ("tokens_BT", "labels_BT", "positions_BT", "document_ends", "labelled_N")
+        return replace(self, pairs=pairs, **{name: change(getattr(self, name)) for name in names})
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def stack(rows: Sequence[Row]) -> MicroBatch:
     stacked = [np.stack(part) for part in (tokens, labels, positions)]
     labelled = np.flatnonzero(stacked[1] != IGNORED)
     tensors = map(torch.from_numpy, (*stacked, ends, labelled))
-    return MicroBatch(*tensors, longest=int(lengths.max()), pairs=_pairs(rows))
+    return MicroBatch(*tensors, int(lengths.max()), _pairs(rows))
 
 
 def _pairs(rows: Sequence[Row]) -> Pairs | None:

@@ -44,7 +44,7 @@ class References:
 
     def __init__(self, stage: ResolvedStage, ratios: dict[str, np.ndarray]) -> None:
         assert stage.dpo is not None
-        self.stage, self._beta, self._ratios = stage, stage.dpo.beta, ratios
+        self.stage, self._dpo, self._ratios = stage, stage.dpo, ratios
         self._training = [_key(name, "train") for name in sorted(stage.mixture)]
 
     @classmethod
@@ -122,7 +122,8 @@ class References:
 
     def of_batch(self, batch: Batch) -> Batch:
         """The batch with the reference of each of its pairs."""
-        found = tuple(self._filled(micro, self._training) for micro in batch.micro_batches)
+        weight = self._dpo.sft_weight
+        found = tuple(self._filled(micro, self._training, sft_weight=weight) for micro in batch.micro_batches)
         return replace(batch, micro_batches=found)
 
     def hold(self, source: str, length: int, sequences: int) -> bool:
@@ -135,7 +136,7 @@ class References:
         """Micro-batches of the first so many held-out sequences, with the reference of each of their pairs."""
         return (self._filled(micro, [_key(source, "validation", length, sequences)]) for micro in batches)
 
-    def _filled(self, micro: MicroBatch, names: Sequence[str]) -> MicroBatch:
+    def _filled(self, micro: MicroBatch, names: Sequence[str], **more: float) -> MicroBatch:
         """`names`: where the ratios of each source number are."""
         if micro.pairs is None:
             return micro
@@ -145,7 +146,8 @@ class References:
             here = source_P == source
             ratio_P[here] = self._ratios[names[source]][number_P[here]]
         assert not np.isnan(ratio_P).any(), "every pair of the stage was measured"
-        return replace(micro, pairs=replace(micro.pairs, reference_P=torch.from_numpy(ratio_P), beta=self._beta))
+        known = replace(micro.pairs, reference_P=torch.from_numpy(ratio_P), beta=self._dpo.beta, **more)
+        return replace(micro, pairs=known)
 
 
 def _wanted(job: ResolvedJob, stage: ResolvedStage) -> Iterator[_Wanted]:

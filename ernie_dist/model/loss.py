@@ -21,25 +21,35 @@ def summed_loss(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """
     if batch.pairs is None:
         return model.lm_head(*_labelled(model, batch))
-    return _preference_loss(answer_log_probabilities(model, batch), batch.pairs)
+    return _preference_loss(answer_log_probabilities(model, batch), _label_counts(batch), batch.pairs)
 
 
 def answer_log_probabilities(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """log p of the labelled positions of each document together, fp32 [documents], in nats."""
     losses_N = model.lm_head(*_labelled(model, batch), each=True)
-    before = pad((batch.labels_BT.flatten() != IGNORED).cumsum(0), (1, 0))
-    lengths = before[batch.document_ends.long()].diff()
     # In the order of the positions, on every device: index_add sums as its threads happen to come.
-    return -torch.segment_reduce(losses_N, "sum", lengths=lengths, unsafe=True)
+    return -torch.segment_reduce(losses_N, "sum", lengths=_label_counts(batch), unsafe=True)
 
 
-def _preference_loss(log_probabilities: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """Sums of -log sigmoid(margin), of positive margins, and of margins: beta x how much further apart the model puts
-    the two answers than the reference does (Rafailov et al. 2023, arXiv:2305.18290, equation 7)."""
+def _label_counts(batch: MicroBatch) -> torch.Tensor:
+    """Labelled positions of each document, int64 [documents]."""
+    before = pad((batch.labels_BT.flatten() != IGNORED).cumsum(0), (1, 0))
+    return before[batch.document_ends.long()].diff()
+
+
+def _preference_loss(log_probabilities: torch.Tensor, label_counts: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """Sums of the loss, of positive margins, and of margins: beta x how much further apart the model puts the two
+    answers than the reference does. The loss of a pair is -log sigmoid(margin) (Rafailov et al. 2023, arXiv:2305.18290,
+    equation 7) and sft_weight x the chosen answer's mean loss per token (Pang et al. 2024, arXiv:2404.19733)."""
     assert pairs.reference_P is not None
     ratio_P = log_probabilities[pairs.chosen_P] - log_probabilities[pairs.chosen_P + 1]
     margin_P = pairs.beta * (ratio_P - pairs.reference_P)
-    return torch.stack([-logsigmoid(margin_P).sum(), (margin_P.detach() > 0).sum(), margin_P.detach().sum()])
+    loss_P = -logsigmoid(margin_P)
+    if pairs.sft_weight:
+        loss_P = loss_P - pairs.sft_weight * log_probabilities[pairs.chosen_P] / label_counts[pairs.chosen_P].clamp(
+            min=1
+        )
+    return torch.stack([loss_P.sum(), (margin_P.detach() > 0).sum(), margin_P.detach().sum()])
 
 
 def _labelled(model: nn.Module, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -156,6 +156,7 @@ class DpoSpec(Strict):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290)."""
 
     beta: float = Field(0.1, gt=0, description="how firmly the model is held to the one it was when the stage began")
+    sft_weight: float = Field(0.0, ge=0, description="how much the loss of the chosen answers counts beside it")
 
 
 class StageSpec(Strict):

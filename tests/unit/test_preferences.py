@@ -152,14 +152,17 @@ def one_by_one(model: PreTrainedModel, micro: MicroBatch) -> torch.Tensor:
     return torch.stack(found)
 
 
-def test_the_loss_is_dpo_of_each_pair_by_itself_gradients_included(job: ResolvedJob) -> None:
+@pytest.mark.parametrize("sft_weight", [0.0, 0.7])
+def test_the_loss_is_dpo_of_each_pair_by_itself_gradients_included(job: ResolvedJob, sft_weight: float) -> None:
     micro = stack(reader_of(job).rows(np.arange(2)))
     policy, reference = build(job, 1), build(job, 2)
     plain = [build_model(job.spec.model, job.tokenizer.vocab_size, seed, attn_implementation="sdpa") for seed in (1, 2)]
     ours, theirs = one_by_one(plain[0], micro), one_by_one(plain[1], micro).detach()
     chosen = micro.pairs.chosen_P
     margins = 0.5 * ((ours[chosen] - ours[chosen + 1]) - (theirs[chosen] - theirs[chosen + 1]))
-    expected = -logsigmoid(margins)
+    documents = np.split(micro.labels_BT.flatten().numpy(), micro.document_ends[1:-1])
+    counts = torch.tensor([int((labels != IGNORED).sum()) for labels in documents])
+    expected = -logsigmoid(margins) - sft_weight * ours[chosen] / counts[chosen]
     expected.sum().backward()
     assert len(expected) > 3 and expected.std() > 0.1, "something to compare"
 
@@ -167,7 +170,7 @@ def test_the_loss_is_dpo_of_each_pair_by_itself_gradients_included(job: Resolved
         measured = answer_log_probabilities(reference, micro)
     torch.testing.assert_close(measured, theirs, rtol=1e-5, atol=1e-4)
     ratio = measured[chosen] - measured[chosen + 1]
-    pairs = type(micro.pairs)(chosen, micro.pairs.ids_P2, ratio, 0.5)
+    pairs = type(micro.pairs)(chosen, micro.pairs.ids_P2, ratio, 0.5, sft_weight)
     sums = summed_loss(policy, type(micro)(**{**vars(micro), "pairs": pairs}))
     sums[0].backward()
     wanted = torch.stack([expected.sum(), (margins > 0).sum(), margins.sum()])
