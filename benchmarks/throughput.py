@@ -293,7 +293,7 @@ def _show(case: Case, device: str, result: dict[str, Any]) -> None:
 
 
 def _environment(case: Case) -> dict[str, str]:
-    """Of a side's process: one rank, and no GPU where none is meant."""
+    """Of a side's process: one rank, and one GPU or none. Given several, the Trainer would take them all."""
     one = {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -301,10 +301,12 @@ def _environment(case: Case) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
     }
-    cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if case.device == "cpu" else {}
+    seen = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+    if case.device == "cpu":
+        seen = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     root = str(Path(__file__).resolve().parents[1])
     path = {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
-    return {**os.environ, **cpu, **path, **one}
+    return {**os.environ, **seen, **path, **one}
 
 
 def _free_port() -> int:
