@@ -201,19 +201,21 @@ def _startup(run: dict[str, Any]) -> Iterator[Figure]:
 
 
 def _loader(run: dict[str, Any]) -> Iterator[Figure]:
-    settings = run["settings"]
     for case in (run["long"], run["short"]):
+        share, says = case.get("share_of_a_step"), "Token positions per second into one rank's memory."
+        if share is not None:
+            assumed, goal = (run["settings"][name] for name in ("assumed_tokens_per_second_of_a_gpu", "goal"))
+            says = f"{share:.2%} of a step of a GPU that trains on {assumed:,} tokens/s, which is an assumption; "
+            says += f"goal: at most {goal:.0%}."
         yield Figure(
             f"Reading batches: documents of {case['mean_document']} tokens",
-            f"{case['share_of_a_step']:.2%} of a step of a GPU that trains on "
-            f"{settings['assumed_tokens_per_second_of_a_gpu']:,} tokens/s, which is an assumption; "
-            f"goal: at most {settings['goal']:.0%}.",
+            says,
             [
                 Bar(name, of["median"], f"{of['median'] / 1e6:,.1f} million positions/s", name.startswith("rank"))
                 for name, of in case["tokens_per_second"].items()
             ],
             "longer",
-            case["met"],
+            case.get("met"),
             "The slices of a memory map are the ceiling: nothing is done with them.",
         )
 
