@@ -83,6 +83,15 @@ def _where(run: dict[str, Any]) -> str:
 # -------------------------------------------------------------------------------------------------- a figure per result
 
 
+_SIDES = {
+    "trainer": "transformers.Trainer, padded rows",
+    "trainer-packed": "the same, packed rows",
+    "trainer-deepspeed": "the same on DeepSpeed",
+    "bare": "bare torch loop, all logits",
+    "compiled": "ours, compiled",
+}
+
+
 def _throughput(run: dict[str, Any]) -> Iterator[Figure]:
     for case in run["cases"]:
         bars = []
@@ -90,13 +99,15 @@ def _throughput(run: dict[str, Any]) -> Iterator[Figure]:
             memory = case.get("peak_memory_bytes", {}).get(name, 0) / 1e9
             mfu = case.get("mfu", {}).get(name)
             share = f", MFU {mfu['full attention']:.0%}" if mfu else ""
-            bars.append(Bar(name, of["median"], f"{of['median']:,.0f}/s, {memory:.1f} GB{share}", name == "ours"))
+            text = f"{of['median']:,.0f}/s, {memory:.1f} GB{share}"
+            bars.append(Bar(_SIDES.get(name, name), of["median"], text, name in ("ours", "compiled")))
         documents = f"documents of {case['mean_document']} tokens" if case["mean_document"] else "one document a row"
         ratios = (f"{name} {of['median']:.2f}" for name, of in case.get("ratio", {}).items())
         failed = (f"{name} could not run: {why}." for name, why in case["failed"].items())
+        model = run["settings"]["model"].replace("small", "small model")
         rows = f"{case['micro_batch']} rows in a step, {case['precision']}, on {run['device']}."
         yield Figure(
-            f"A training step: {run['settings']['model']}, rows of {case['sequence_length']}, {documents}",
+            f"A training step: {model}, rows of {case['sequence_length']}, {documents}",
             f"Tokens of documents per second, ours over: {', '.join(ratios)}.",
             bars,
             "longer",
@@ -107,7 +118,10 @@ def _throughput(run: dict[str, Any]) -> Iterator[Figure]:
 def _parity(run: dict[str, Any]) -> str:
     parity = run["parity"]
     ours = parity["difference from the plain engine"].get("ours")
-    return f"Our loss over {parity['steps']} steps: at most {ours['largest']:.1g} from plain torch's." if ours else ""
+    if not ours:
+        return ""
+    gap = f"at most {ours['largest']:.1g} nats from" if ours["largest"] else "equal to"
+    return f"Our loss over {parity['steps']} steps: {gap} plain torch's."
 
 
 def _head(run: dict[str, Any]) -> Iterator[Figure]:
