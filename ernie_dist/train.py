@@ -347,7 +347,7 @@ class _Attempt:
 
 def _build_engine(job: ResolvedJob, world: World) -> Engine:
     spec, engine = job.spec, job.spec.engine
-    how = {"checkpointing": engine.gradient_checkpointing, "compiled": engine.compile}
+    how = {"checkpointing": engine.gradient_checkpointing, "compiled": engine.compile, "mlp_tiles": engine.mlp_tiles}
     build = partial(build_model, spec.model, job.tokenizer.vocab_size, spec.seed, **how)
     freezes = list(dict.fromkeys(stage.freeze for stage in job.stages if stage.freeze))
     origin = {"pretrained": spec.model.from_pretrained is not None, "adapter": spec.model.adapter is not None}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from ernie_dist.model import attention
@@ -21,11 +24,13 @@ def build_model(
     seed: int,
     checkpointing: str | int = "none",
     compiled: bool = False,
+    mlp_tiles: int = 1,
     attn_implementation: str = attention.NAME,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """A model, the same weights on every rank. `checkpointing`: none, full, or n for every n-th layer;
-    `compiled`: layers go through torch.compile at their first use.
+    `compiled`: layers go through torch.compile at their first use; `mlp_tiles`: parts in which a sequence goes through
+    each MLP.
 
     With an adapter only that one requires gradients. In a `dtype` other than fp32 it is what transformers makes of the
     same weights in a folder: some, e.g. of a router, stay in fp32.
@@ -59,6 +64,8 @@ def build_model(
         from ernie_dist.model.adapters import add_adapter  # peft takes seconds to import
 
         add_adapter(model, spec.adapter, seed)
+    if mlp_tiles > 1:
+        _tile_mlps(model, mlp_tiles)
     _checkpoint_layers(model, checkpointing)
     if compiled:
         _compile_layers(model)
@@ -97,6 +104,20 @@ def _checkpoint_layers(model: PreTrainedModel, every: str | int) -> None:
     step = 1 if every == "full" else int(every)
     for number, layer in enumerate(model.model.layers):
         layer.gradient_checkpointing = number % step == 0
+
+
+def _tile_mlps(model: PreTrainedModel, tiles: int) -> None:
+    """A sequence goes through an MLP part by part, each computed once more in the backward pass: of its activations,
+    the widest of a layer, only one part's are ever there (TiledMLP of ALST, Bekman et al. 2025, arXiv:2506.13996)."""
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            raise SpecError("engine.mlp_tiles: experts choose their own parts of a sequence; leave it out")
+        layer.mlp.forward = partial(_in_tiles, layer.mlp.forward, tiles)
+
+
+def _in_tiles(forward: Callable[[torch.Tensor], torch.Tensor], tiles: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
+    parts = hidden_BTD.chunk(tiles, dim=1)
+    return torch.cat([checkpoint(forward, part, use_reentrant=False) for part in parts], dim=1)
 
 
 def _compile_layers(model: PreTrainedModel) -> None:

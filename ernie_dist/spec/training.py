@@ -139,13 +139,16 @@ class EngineSpec(Strict):
     gradient_checkpointing: Literal["none", "full"] | int = Field(
         "none", description="none, full, or n to recompute every n-th layer"
     )
+    mlp_tiles: int = Field(1, ge=1, description="parts in which a sequence goes through each MLP, each recomputed")
     compile: bool = Field(False, description="torch.compile of every layer: a slow first step, faster later ones")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients above this norm are scaled down to it")
 
     @model_validator(mode="after")
-    def _positive(self) -> EngineSpec:
+    def _possible(self) -> EngineSpec:
         if isinstance(self.gradient_checkpointing, int) and self.gradient_checkpointing < 1:
             raise ValueError("gradient_checkpointing must be none, full or a number of at least 1")
+        if self.compile and self.mlp_tiles > 1:
+            raise ValueError("compile takes a layer as a whole, mlp_tiles cuts it: leave one of them out")
         return self
 
 

@@ -73,7 +73,7 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
     model = ModelSpec(from_pretrained=case["base"]) if "base" in case else MODEL
     if "adapter" in case:
         model = model.model_copy(update={"adapter": AdapterSpec(**case["adapter"])})
-    build = partial(build_model, model, VOCABULARY, 17, spec.gradient_checkpointing)
+    build = partial(build_model, model, VOCABULARY, 17, spec.gradient_checkpointing, mlp_tiles=spec.mlp_tiles)
     freeze, pretrained = OF_ADAPTER if model.adapter else FREEZE, "base" in case
     make = partial(build_engine, optimizer=OptimizerSpec(), freezes=[freeze], build=build, world=world)
     make = partial(make, pretrained=pretrained, adapter=model.adapter is not None)

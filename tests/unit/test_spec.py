@@ -656,3 +656,16 @@ def test_a_shape_that_cannot_be_is_refused(tmp_path: Path) -> None:
             config_values(ModelSpec(config=str(config)))
     config.write_text(json.dumps(deepcopy(PRESETS["ernie-4.5-tiny"])))
     assert config_values(ModelSpec(config=str(config)), 500) == {**PRESETS["ernie-4.5-tiny"], "vocab_size": 512}
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ({"ds_config": "zero3", "compile": True}, r"engine\.compile.*\n.*ZeRO 3 gathers weights between"),
+        ({"mlp_tiles": 2, "compile": True}, r"compile takes a layer as a whole, mlp_tiles cuts it"),
+        ({"mlp_tiles": 0}, r"mlp_tiles = 0"),
+    ],
+)
+def test_layers_are_compiled_or_cut_not_both(engine: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        example(engine=engine)

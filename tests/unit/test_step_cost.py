@@ -32,6 +32,7 @@ from ernie_dist.world import World
 VOCABULARY, LENGTH, CHUNK = 640, 32, 8
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
 MODEL = ModelSpec(preset="ernie-4.5-tiny", override={**SHAPE, "vocab_size": VOCABULARY})
+WIDE = (4, LENGTH, SHAPE["intermediate_size"])
 HOST_READS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero", "aten.equal")
 """after each of these a host knows what a device has computed, and has waited for it"""
 
@@ -192,6 +193,22 @@ def backward(model: PreTrainedModel, batch: MicroBatch) -> tuple[float, dict[str
     loss = summed_loss(model, batch)
     loss.backward()
     return loss.item(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_an_mlp_in_tiles_has_the_same_gradients_and_keeps_one_tile(checkpointing: str) -> None:
+    plain, tiled = (build_model(MODEL, VOCABULARY, 17, checkpointing, mlp_tiles=tiles).train() for tiles in (1, 4))
+    (expected, theirs), (loss, gradients) = (backward(model, rows(0)) for model in (plain, tiled))
+    assert loss == pytest.approx(expected, rel=1e-6)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-5)
+
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.shape) or one, lambda one: one):
+        summed_loss(plain, rows(0))
+        before, kept[:] = kept.count(WIDE), []
+        summed_loss(tiled, rows(0))
+    assert (before > 0) == (checkpointing == "none") and kept.count(WIDE) == 0
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
