@@ -133,7 +133,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_plan_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--gpus", metavar="NxDEVICE", help="plan for these devices, e.g. 4xA100-80G")
+    verb.add_argument("--gpus", metavar="NxDEVICE", help="plan for these devices, e.g. 4xA100-80G, or 2xCPU: this one")
+    verb.add_argument(
+        "--calibrate", action="store_true", help="make a few steps here first, and plan with the speed they have"
+    )
     verb.add_argument("--price", type=_price, metavar="P", help="of one GPU for an hour, for the cost")
     verb.add_argument(
         "--mtbf", type=_seconds, metavar="TIME", help="mean time between failures of one node: how often to save"

@@ -7,23 +7,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ernie_dist.spec.curriculum import StageSpec
 from ernie_dist.spec.errors import SpecError
 from ernie_dist.spec.job import JobSpec
 from ernie_dist.spec.resolve import PackedLength, passes, stage_batches
-from ernie_dist.spec.shape import ModelShape, config_values
+from ernie_dist.spec.shape import ModelShape
 from launcher.estimate import (
     ASSUMED_COPY,
     ASSUMED_HIDDEN,
     ASSUMED_LINK_SHARE,
     ASSUMED_MFU,
     Cluster,
-    estimate_memory,
+    Pace,
+    Speed,
     estimate_pace,
     estimate_saves,
     estimate_traffic,
+    shape_of,
 )
+from launcher.memory import (
+    ASSUMED_CONTEXT,
+    ASSUMED_FRAGMENTATION,
+    ASSUMED_HEAP,
+    CPU_PROCESS,
+    FULL,
+    estimate_memory,
+    largest_micro_batch,
+)
+
+if TYPE_CHECKING:
+    from launcher.calibrate import Rehearsal
 
 Facts = Mapping[str, Mapping[int, PackedLength]]
 """source -> sequence length -> what prepared data holds"""
@@ -38,6 +53,10 @@ class Wishes:
     node_lifetime: float | None = None
     """seconds; mean time between failures of one node"""
     scaling: bool = False
+    speed: Speed | None = None
+    """measured on such a device; None: assumed"""
+    measured_on: str = ""
+    """the job it was measured on"""
 
 
 _SCALES = tuple(1 << power for power in range(11))
@@ -48,8 +67,7 @@ def describe(
 ) -> list[str]:
     """The plan as lines of text. Raises SpecError where the batch cannot be cut over the cluster's devices."""
     ranks = cluster.count if cluster else job.resources.world_size
-    values = config_values(job.model, _vocabulary(job))
-    shape = ModelShape.from_config(values) if values else None
+    shape = shape_of(job)
     lines = [
         f"job        {job.name}, {len(job.curriculum)} stage(s), {ranks} rank(s)"
         + (f" on {cluster.name}" if cluster else "")
@@ -62,16 +80,28 @@ def describe(
         lines += ["", *_memory_lines(job, shape, ranks, cluster)]
         if cluster:
             lines += _wire_lines(job, shape, cluster)
-            lines += ["", *_time_lines(job, shape, cluster, facts, wishes.price)]
-            if wishes.node_lifetime:
+            timed = _Timed(job, shape, cluster, facts, wishes.speed, wishes.measured_on)
+            if timed.known:
+                lines += ["", *_time_lines(timed, wishes.price)]
+            else:
+                lines += ["", f"time       known once the speed of this {cluster.name} was measured: add --calibrate"]
+            if wishes.node_lifetime and not cluster.device.cpu:
                 lines += ["", *_save_lines(job, shape, cluster, wishes.node_lifetime)]
-            if wishes.scaling and _total(job, shape, cluster, facts)[0]:
-                lines += ["", *_scaling_lines(job, shape, cluster, facts, wishes.price)]
+            if wishes.scaling and not cluster.device.cpu and timed.known and timed.total()[0]:
+                lines += ["", *_scaling_lines(timed, wishes.price)]
     return lines
 
 
-def _vocabulary(job: JobSpec) -> int | None:
-    return None if isinstance(job.tokenizer, str) else job.tokenizer.train.vocab_size
+def describe_rehearsal(found: Rehearsal) -> list[str]:
+    """What was measured, beside what the plan says."""
+    planned = found.planned.total - found.planned.process
+    speed = found.speed
+    return [
+        f"measured   {found.seconds:.3g} s for a step of {found.stage} on {speed.ranks} x {found.cluster.name}, from "
+        f"its micro-batches and its update: {speed.flops / 1e9:,.4g} GFLOP/s each",
+        f"           {size_text(found.measured)} per rank above the process itself; planned {size_text(planned)} "
+        f"({planned / found.measured - 1:+.0%})",
+    ]
 
 
 def _model_line(job: JobSpec, shape: ModelShape | None) -> str:
@@ -149,110 +179,149 @@ def _pass_lines(job: JobSpec, facts: Facts) -> list[str]:
 
 
 def _memory_lines(job: JobSpec, shape: ModelShape, ranks: int, cluster: Cluster | None) -> list[str]:
-    worst = max((estimate_memory(job, stage, shape, ranks) for stage in job.curriculum), key=lambda one: one.total)
-    parts = ", ".join(
-        f"{name} {_size(getattr(worst, name))}"
-        for name in ("weights", "gradients", "optimizer", "activations", "logits")
-    )
-    lines = [f"memory     about {_size(worst.total)} per rank at the longest stage, estimated: {parts}"]
+    device = cluster.device if cluster else None
+    each = [(stage.name, estimate_memory(job, stage, shape, ranks, device)) for stage in job.curriculum]
+    stage, worst = max(each, key=lambda named: named[1].total)
+    parts = [f"{name} {size_text(part)}" for name, part in worst.parts.items() if part]
+    lines = [
+        f"memory     about {size_text(worst.total)} per rank at the fullest moment of {stage}, estimated:",
+        *(f"           {', '.join(parts[first : first + 4])}" for first in range(0, len(parts), 4)),
+        f"           assumed: {_memory_assumptions(cluster)}",
+    ]
     if cluster:
         share = worst.total / cluster.device.memory
-        verdict = "fits" if share < 0.9 else "is tight" if share < 1 else "does not fit"
-        lines.append(f"           {verdict}: {share:.0%} of the {_size(cluster.device.memory)} of one {cluster.name}")
+        verdict = "fits" if share < 0.9 else "is tight" if share < FULL else "does not fit"
+        whose = f"a rank's share of this machine's {cluster.count}" if cluster.device.cpu else f"one {cluster.name}"
+        lines.append(f"           {verdict}: {share:.0%} of the {size_text(cluster.device.memory)} of {whose}")
+        lines += _micro_batch_lines(job, shape, cluster)
     return lines
+
+
+def _memory_assumptions(cluster: Cluster | None) -> str:
+    if cluster and cluster.device.cpu:
+        return f"{ASSUMED_HEAP:.0%} of tensors lost to fragmentation, {size_text(CPU_PROCESS)} for libraries"
+    return f"{ASSUMED_FRAGMENTATION:.0%} of tensors lost to fragmentation, {size_text(ASSUMED_CONTEXT)} for CUDA itself"
+
+
+def _micro_batch_lines(job: JobSpec, shape: ModelShape, cluster: Cluster) -> list[str]:
+    """What could be set in place of micro_batch_size."""
+    found = []
+    for stage in job.curriculum:
+        size, memory = largest_micro_batch(job, stage, shape, cluster.count, cluster.device)
+        share = f"({memory.total / cluster.device.memory:.0%})"
+        found.append(f"{stage.name} {size} {share}" if size else f"{stage.name} none: even 1 does not fit {share}")
+    return [f"           largest micro_batch_size that fits: {', '.join(found)}"]
 
 
 def _wire_lines(job: JobSpec, shape: ModelShape, cluster: Cluster) -> list[str]:
     if cluster.count == 1:
         return []
-    stage = max(job.curriculum, key=lambda one: estimate_traffic(job, one, shape, cluster.count).total)
-    sent = estimate_traffic(job, stage, shape, cluster.count)
-    over = "NVLink" if cluster.nodes == 1 else "InfiniBand"
-    parts = f"gradients {_size(sent.gradients)}, weights {_size(sent.weights)}"
+    each = [(one.name, estimate_traffic(job, one, shape, cluster.count, cluster.device)) for one in job.curriculum]
+    stage, sent = max(each, key=lambda named: named[1].total)
+    over = "gloo" if cluster.device.cpu else "NVLink" if cluster.nodes == 1 else "InfiniBand"
+    parts = f"gradients {size_text(sent.gradients)}, weights {size_text(sent.weights)}"
     return [
         "",
-        f"wire       each rank sends {_size(sent.total)} in a step of {stage.name}: {parts}",
-        f"           {1000 * sent.total / cluster.link:,.0f} ms over {over} at {cluster.link / 1e9:.0f} GB/s, "
+        f"wire       each rank sends {size_text(sent.total)} in a step of {stage}: {parts}",
+        f"           {1000 * sent.total / cluster.link:,.0f} ms over {over} at {cluster.link / 1e9:.3g} GB/s, "
         f"{ASSUMED_LINK_SHARE:.0%} of the data sheet's",
     ]
 
 
-def _time_lines(
-    job: JobSpec, shape: ModelShape, cluster: Cluster, facts: Facts | None, price: float | None
-) -> list[str]:
+@dataclass(frozen=True)
+class _Timed:
+    """A job on devices, and how fast they are."""
+
+    job: JobSpec
+    shape: ModelShape
+    cluster: Cluster
+    facts: Facts | None
+    speed: Speed | None
+    measured_on: str
+
+    @property
+    def known(self) -> bool:
+        return bool(self.cluster.device.peak_flops or self.speed)
+
+    def pace(self, stage: StageSpec) -> Pace:
+        return estimate_pace(self.job, stage, self.shape, self.cluster, self.speed)
+
+    def seconds(self, stage: StageSpec) -> tuple[float, float] | None:
+        """Of its steps, and of asking about its pairs before them. None where only `ernie prepare` knows how many."""
+        per_batch = stage.tokens_per_batch or self.job.tokens_per_batch
+        batches = _batches(stage, per_batch, self.facts)
+        if batches is None:
+            return None
+        pace = self.pace(stage).tokens_per_second
+        asking = _asked_tokens(stage, batches * per_batch, self.facts) / (3 * pace)  # forward only
+        return batches * per_batch / pace, asking
+
+    def total(self) -> tuple[float, bool]:
+        """Seconds of the stages whose length is known; whether that is all of them."""
+        each = [self.seconds(stage) for stage in self.job.curriculum]
+        return sum(sum(seconds) for seconds in each if seconds is not None), None not in each
+
+
+def _time_lines(timed: _Timed, price: float | None) -> list[str]:
+    job, cluster, speed = timed.job, timed.cluster, timed.speed
     lines = [
         f"time       estimated at {ASSUMED_MFU:.0%} of the peak of {cluster.count} x {cluster.name}, "
         f"up to {ASSUMED_HIDDEN:.0%} of the wire hidden behind it"
+        if speed is None
+        else f"time       by the measured speed of {speed.ranks} x {cluster.name} in job {timed.measured_on}: "
+        f"{speed.flops / 1e9:,.4g} GFLOP/s each (--calibrate)"
     ]
     for stage in job.curriculum:
-        known = _seconds(job, stage, shape, cluster, facts)
+        known = timed.seconds(stage)
         if known is None:
             lines.append(f"  {stage.name}: known after `ernie prepare`")
             continue
         steps, asking = known
-        pace = estimate_pace(job, stage, shape, cluster)
-        waiting = f", {pace.waiting:.1%} of it waiting for the wire" if cluster.count > 1 else ""
+        pace = timed.pace(stage)
+        waiting = f", {pace.waiting:.1%} of it waiting for the wire" if cluster.count > 1 and pace.waiting else ""
         before = f", after {duration(asking)} of asking what the model says now" if asking else ""
         lines.append(f"  {stage.name}: {duration(steps)} at {pace.tokens_per_second:,.0f} tokens/s{waiting}{before}")
-    total, all_known = _total(job, shape, cluster, facts)
+    total, all_known = timed.total()
     if not total:
         return lines
     without = "" if all_known else ", without the stages not known yet"
     lines.append(f"  together: {duration(total)}{without}")
+    if cluster.device.cpu:
+        return lines
     hours = total / 3600 * cluster.count
     energy = f"at most {hours * cluster.device.watts / 1000:,.0f} kWh, the devices alone"
     cost = f", {hours * price:,.2f} at {price:g} an hour" if price is not None else ""
     return [*lines, "", f"cost       {hours:,.1f} GPU hours{cost}; {energy}{without}"]
 
 
-def _seconds(
-    job: JobSpec, stage: StageSpec, shape: ModelShape, cluster: Cluster, facts: Facts | None
-) -> tuple[float, float] | None:
-    """Of its steps, and of asking about its pairs before them. None where only `ernie prepare` knows how many."""
-    per_batch = stage.tokens_per_batch or job.tokens_per_batch
-    batches = _batches(stage, per_batch, facts)
-    if batches is None:
-        return None
-    pace = estimate_pace(job, stage, shape, cluster).tokens_per_second
-    asking = _asked_tokens(stage, batches * per_batch, facts) / (3 * pace)  # forward only
-    return batches * per_batch / pace, asking
-
-
-def _total(job: JobSpec, shape: ModelShape, cluster: Cluster, facts: Facts | None) -> tuple[float, bool]:
-    """Seconds of the stages whose length is known; whether that is all of them."""
-    each = [_seconds(job, stage, shape, cluster, facts) for stage in job.curriculum]
-    return sum(sum(seconds) for seconds in each if seconds is not None), None not in each
-
-
 def _save_lines(job: JobSpec, shape: ModelShape, cluster: Cluster, node_lifetime: float) -> list[str]:
     saves = estimate_saves(job, shape, cluster, node_lifetime)
     lost = (saves.stop / saves.every + saves.every / 2 / saves.between_failures) if saves.every else 0.0
     return [
-        f"saves      a checkpoint has {_size(saves.size)}; steps stand still {saves.stop:.2g} s for it, "
+        f"saves      a checkpoint has {size_text(saves.size)}; steps stand still {saves.stop:.2g} s for it, "
         f"copied at {ASSUMED_COPY / 1e9:.0f} GB/s a GPU",
         f"           with a failure every {duration(saves.between_failures)} on {cluster.nodes} node(s) save every "
         f"{duration(saves.every)} (Young, Daly): {lost:.2%} of the time lost to saves and repeated steps",
     ]
 
 
-def _scaling_lines(
-    job: JobSpec, shape: ModelShape, cluster: Cluster, facts: Facts | None, price: float | None
-) -> list[str]:
+def _scaling_lines(timed: _Timed, price: float | None) -> list[str]:
     """The same job, its batches as they are, on 1 to 1,024 devices."""
+    job, device = timed.job, timed.cluster.device
     rows = [("GPUs", "together", "efficiency", "memory", *(["cost"] if price is not None else []))]
     alone: float | None = None
     left_out = []
     for count in _SCALES:
-        there = replace(cluster, count=count)
+        there = replace(timed, cluster=replace(timed.cluster, count=count))
         try:
-            total, _ = _total(job, shape, there, facts)
-            memory = max(estimate_memory(job, stage, shape, count).total for stage in job.curriculum)
+            total, _ = there.total()
+            memory = max(estimate_memory(job, stage, timed.shape, count, device).total for stage in job.curriculum)
         except ValueError:
             left_out.append(count)
             continue
         alone = alone or total * count
-        share = memory / cluster.device.memory
-        fits = f"{share:.0%}" if share < 1 else f"{share:.0%}, does not fit"
+        share = memory / device.memory
+        fits = f"{share:.0%}" if share < FULL else f"{share:.0%}, does not fit"
         spent = [f"{total / 3600 * count * price:,.2f}"] if price is not None else []
         rows.append((f"{count:,}", duration(total), f"{alone / (total * count):.0%}", fits, *spent))
     lines = ["scaling    estimated, the batch as it is", *(f"  {line}" for line in table(rows))]
@@ -285,7 +354,8 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _size(size: float) -> str:
+def size_text(size: float) -> str:
+    """ "3.1 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if size < 1024 or unit == "TiB":
             return f"{size:.1f} {unit}" if unit not in ("B",) else f"{size:.0f} {unit}"

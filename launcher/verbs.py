@@ -9,7 +9,7 @@ import random
 import signal
 import time
 from argparse import Namespace
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,25 @@ from launcher.submission import Submission, runs
 
 
 def plan(options: Namespace) -> None:
+    from launcher import calibrate
     from launcher.estimate import Cluster
-    from launcher.plan import Wishes, describe
+    from launcher.plan import Wishes, describe, describe_rehearsal
 
     cluster = Cluster.parse(options.gpus) if options.gpus else None
     wishes = Wishes(options.price, options.mtbf, options.scaling)
     if cluster is None and wishes != Wishes():
         raise SpecError("--price, --mtbf and --scaling are about devices: name them with --gpus, e.g. 4xA100-80G")
+    if options.calibrate:
+        here = _load(options, ranks=options.ranks)
+        print(f"a few steps of {here.name} on {here.resources.world_size} rank(s) here", flush=True)
+        found = calibrate.rehearse(here)
+        calibrate.keep(here, found)
+        print("\n".join([*describe_rehearsal(found), f"           kept in {calibrate.speeds_file()}", ""]))
+        cluster = cluster or found.cluster
     job = _load(options, ranks=cluster.count if cluster else options.ranks)
+    known = calibrate.kept(job, cluster) if cluster else None
+    if known:
+        wishes = replace(wishes, speed=known[0], measured_on=known[1])
     print("\n".join(describe(job, cluster, wishes=wishes)))
     missing = [pattern for source in job.sources.values() for pattern in source.paths if not _matches(pattern)]
     if missing:
@@ -218,7 +229,12 @@ def quickstart(options: Namespace) -> int:
 
 
 def _load(options: Namespace, *, ranks: int | None) -> JobSpec:
-    return load_job(find_asset("recipes", options.job, ".yaml"), options.overrides, ranks=ranks)
+    from launcher.fit import settled
+
+    job, chosen = settled(load_job(find_asset("recipes", options.job, ".yaml"), options.overrides, ranks=ranks))
+    if chosen:
+        print(chosen)
+    return job
 
 
 def _existing(path: str) -> RunDir:

@@ -5,13 +5,12 @@ hidden [N, D], labels [N] --chunks of rows--> logits [C, V] --> losses, and wher
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, linear
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 CHUNK_LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}
@@ -41,7 +40,7 @@ class LossHead(nn.Linear):
             weight, bias = self.weight, self.bias
         with torch.autocast(hidden.device.type, enabled=False):
             if each:
-                return _each(hidden, weight, bias, labels_N)
+                return _Each.apply(hidden, weight, bias, labels_N)
             return _Summed.apply(hidden, weight, bias, labels_N, torch.is_grad_enabled())
 
 
@@ -55,8 +54,7 @@ def with_loss_head(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class _Summed(torch.autograd.Function):
-    """The gradients, of a sum and so known but for one factor, wait for the backward in place of [N, V] logits.
-    Those of the weights add up in fp32."""
+    """The gradients, of a sum and so known but for one factor, wait for the backward in place of [N, V] logits."""
 
     @staticmethod
     def forward(
@@ -67,32 +65,80 @@ class _Summed(torch.autograd.Function):
         labels_N: torch.Tensor,
         training: bool,
     ) -> torch.Tensor:
-        wanted = [training and needed for needed in ctx.needs_input_grad[:3]]
+        inputs = (hidden_ND, weight_VD, bias_V)
+        gradients = _Gradients(*inputs, [training and needed for needed in ctx.needs_input_grad[:3]])
         total = hidden_ND.new_zeros((), dtype=torch.float32)
-        d_hidden_ND = torch.empty_like(hidden_ND) if wanted[0] else None
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
-        d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wanted[2] and bias_V is not None else None
         for rows in _chunks(hidden_ND, weight_VD):
-            logits_CV = linear(hidden_ND[rows], weight_VD, bias_V).float()
+            logits_CV = _logits(*inputs, rows)
             total += _losses_and_gradients(logits_CV, labels_N[rows]).sum()
-            gradient_CV = logits_CV.to(weight_VD.dtype)
-            if d_hidden_ND is not None:
-                torch.mm(gradient_CV, weight_VD, out=d_hidden_ND[rows])
-            if d_bias_V is not None:
-                d_bias_V += logits_CV.sum(0)
-            if d_weight_VD is not None and gradient_CV is logits_CV:
-                d_weight_VD.addmm_(gradient_CV.t(), hidden_ND[rows])
-            elif d_weight_VD is not None:
-                d_weight_VD += gradient_CV.t() @ hidden_ND[rows]
-        ctx.gradients = [d_hidden_ND, d_weight_VD, d_bias_V]
-        ctx.dtype = weight_VD.dtype
+            gradients.add(rows, logits_CV)
+        ctx.gradients = gradients
         return total
 
     @staticmethod
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        scaled = [None if one is None else one.mul_(scale).to(ctx.dtype) for one in ctx.gradients]
+        found = ctx.gradients.times(scale)
         ctx.gradients = None
-        return (*scaled, None, None)
+        return (*found, None, None)
+
+
+class _Each(torch.autograd.Function):
+    """What a loss will count is not known while its logits are there: they are made once more in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, labels_N: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N)
+        losses_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.float32)
+        for rows in _chunks(hidden_ND, weight_VD):
+            losses_N[rows] = _losses_and_gradients(_logits(hidden_ND, weight_VD, bias_V, rows), labels_N[rows])
+        return losses_N
+
+    @staticmethod
+    def backward(ctx: Any, scale_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        *inputs, labels_N = ctx.saved_tensors
+        gradients = _Gradients(*inputs, ctx.needs_input_grad[:3])
+        for rows in _chunks(*inputs[:2]):
+            logits_CV = _logits(*inputs, rows)
+            _losses_and_gradients(logits_CV, labels_N[rows])
+            gradients.add(rows, logits_CV.mul_(scale_N[rows, None]))
+        return (*gradients.times(None), None)
+
+
+class _Gradients:
+    """Of head and hidden states, chunk by chunk; those of the weights add up in fp32."""
+
+    def __init__(
+        self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, wanted: Sequence[bool]
+    ) -> None:
+        self._hidden_ND, self._weight_VD = hidden_ND, weight_VD
+        self._d_hidden_ND = torch.empty_like(hidden_ND) if wanted[0] else None
+        self._d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
+        self._d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wanted[2] and bias_V is not None else None
+
+    def add(self, rows: slice, d_logits_CV: torch.Tensor) -> None:
+        """Of these rows, whose logits have this gradient, in fp32."""
+        hidden_CD, weight_VD, narrow_CV = self._hidden_ND[rows], self._weight_VD, d_logits_CV.to(self._weight_VD.dtype)
+        if self._d_hidden_ND is not None:
+            torch.mm(narrow_CV, weight_VD, out=self._d_hidden_ND[rows])
+        if self._d_bias_V is not None:
+            self._d_bias_V += d_logits_CV.sum(0)
+        if self._d_weight_VD is not None and narrow_CV is d_logits_CV:
+            self._d_weight_VD.addmm_(narrow_CV.t(), hidden_CD)
+        elif self._d_weight_VD is not None:
+            self._d_weight_VD += narrow_CV.t() @ hidden_CD
+
+    def times(self, scale: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """All of them, in the dtype of the weights."""
+        found = (self._d_hidden_ND, self._d_weight_VD, self._d_bias_V)
+        scaled = (one if one is None or scale is None else one.mul_(scale) for one in found)
+        return [None if one is None else one.to(self._weight_VD.dtype) for one in scaled]
+
+
+def _logits(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, rows: slice) -> torch.Tensor:
+    """fp32 [C, V]."""
+    return linear(hidden_ND[rows], weight_VD, bias_V).float()
 
 
 def _losses_and_gradients(logits_CV: torch.Tensor, labels_C: torch.Tensor) -> torch.Tensor:
@@ -106,20 +152,6 @@ def _losses_and_gradients(logits_CV: torch.Tensor, labels_C: torch.Tensor) -> to
         part_PV.sub_(normalisers_P1).exp_()
         part_PV.scatter_add_(1, labels_P, part_PV.new_full(labels_P.shape, -1.0))
     return torch.cat(losses)
-
-
-def _each(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, labels_N: torch.Tensor
-) -> torch.Tensor:
-    def losses(hidden_CD: torch.Tensor, labels_C: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(linear(hidden_CD, weight_VD, bias_V).float(), labels_C, reduction="none")
-
-    found = [
-        checkpoint(losses, hidden_ND[rows], labels_N[rows], use_reentrant=False, preserve_rng_state=False)
-        for rows in _chunks(hidden_ND, weight_VD)
-    ]
-    # Without a row there is still a graph: under ZeRO every rank has to reach every weight.
-    return torch.cat(found) if found else linear(hidden_ND, weight_VD, bias_V).float().sum(1)
 
 
 def _chunks(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> Iterator[slice]:

@@ -210,6 +210,8 @@ def _batch_problem(parts: _Parts, where: str, stage: StageSpec) -> Iterator[Prob
 
 
 def _engine_problems(parts: _Parts) -> Iterator[Problem]:
+    if parts.engine is not None and parts.engine.memory == "auto" and parts.resources and not parts.resources.device:
+        yield Problem("resources.device", "is required with engine.memory auto: what each rank runs on, e.g. A100-80G")
     if parts.engine is not None and parts.engine.kind == "deepspeed":
         try:
             policy = read_ds_config(parts.engine.ds_config)

@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from ernie_dist.spec.hardware import DEVICES
+from ernie_dist.spec.problems import suggest
 from ernie_dist.spec.strict import Strict
 
 _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -116,6 +118,7 @@ class ResourcesSpec(Strict):
     nodes: int = Field(1, ge=1)
     min_nodes: int | None = Field(None, ge=1, description="go on with so few if nodes are lost for good; Ray alone")
     gpus_per_node: int = Field(1, ge=1, description="ranks per node; without GPUs that many CPU ranks")
+    device: str | None = Field(None, description="what each rank runs on, for engine.memory: A100-80G")
     time_limit: TimeLimit | None = Field(None, description="24h, 90m, 1d12h")
     health_check: str | None = Field(
         None, description="a line of shell run on every node before each attempt; a node where it fails is left out"
@@ -125,6 +128,13 @@ class ResourcesSpec(Strict):
     )
     slurm: SlurmSpec = SlurmSpec()
     ray: RaySpec = RaySpec()
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str | None) -> str | None:
+        if value is not None and value not in DEVICES:
+            raise ValueError(f"unknown device; {suggest(value, DEVICES)}")
+        return value
 
     @model_validator(mode="after")
     def _enough_nodes(self) -> ResourcesSpec:

@@ -89,6 +89,7 @@ class ModelShape:
     key_value_width: int
     mlp_width: int
     tied: bool
+    heads: int
     experts: int = 0
     active_experts: int = 0
     expert_width: int = 0
@@ -111,6 +112,7 @@ class ModelShape:
             key_value_width=(config.get("num_key_value_heads") or heads) * head_dim,
             mlp_width=config["intermediate_size"],
             tied=config.get("tie_word_embeddings", True),
+            heads=heads,
             experts=experts,
             active_experts=config.get("moe_k", 0) if experts else 0,
             expert_width=config.get("moe_intermediate_size", 0) if experts else 0,

@@ -1,7 +1,8 @@
 """Run under torchrun: trains a few steps with one engine after another on the same batches, and prints what came out.
 
 arguments: JSON with `steps`, `scratch` and `cases`: EngineSpec fields plus `micro`, `adapter` (AdapterSpec fields),
-`base` (a folder with weights) and `becomes` (a ds_config that the converted checkpoint goes on with)
+`base` (a folder with weights), `each` (the loss of documents) and `becomes` (a ds_config that the converted checkpoint
+goes on with)
 """
 
 import json
@@ -20,7 +21,7 @@ from ernie_dist.batch import IGNORED, Batch, MicroBatch, Row, stack
 from ernie_dist.engine.base import Engine
 from ernie_dist.engine.select import build_engine, convert, read_weights
 from ernie_dist.model.build import build_model
-from ernie_dist.model.loss import summed_loss
+from ernie_dist.model.loss import answer_log_probabilities, summed_loss
 from ernie_dist.spec.training import AdapterSpec, EngineSpec, ModelSpec, OptimizerSpec
 from ernie_dist.trusted_files import write_state
 from ernie_dist.world import World
@@ -31,7 +32,7 @@ MODEL = ModelSpec(
 )
 FREEZE = ("model.embed_tokens.*", "model.layers.0.*")
 OF_ADAPTER = ("model.layers.0.*",)
-NOT_OF_ENGINE = ("micro", "adapter", "base", "becomes")
+NOT_OF_ENGINE = ("micro", "adapter", "base", "becomes", "each")
 
 
 def row(generator: np.random.Generator, labelled: float):
@@ -68,6 +69,11 @@ def host_reads(step: Callable[[], object]) -> int:
     return reads.count
 
 
+def each_loss(model: torch.nn.Module, rows: MicroBatch) -> torch.Tensor:
+    """The same sum as summed_loss, the other way round: what each document's answers are worth, as preferences do."""
+    return -answer_log_probabilities(model, rows).sum()
+
+
 def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
     spec = EngineSpec(**{key: value for key, value in case.items() if key not in NOT_OF_ENGINE})
     model = ModelSpec(from_pretrained=case["base"]) if "base" in case else MODEL
@@ -78,7 +84,8 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
     make = partial(build_engine, optimizer=OptimizerSpec(), freezes=[freeze], build=build, world=world)
     make = partial(make, pretrained=pretrained, adapter=model.adapter is not None)
     poison = [1.0]
-    engine = make(spec, loss=lambda model, rows: summed_loss(model, rows) * poison[0])
+    loss = each_loss if "each" in case else summed_loss
+    engine = make(spec, loss=lambda model, rows: loss(model, rows) * poison[0])
     micro, results = case["micro"], []
     for step in range(steps):
         engine.freeze(freeze if step == 1 else ())
@@ -110,7 +117,7 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
     engine.close()
 
     def replay_from(load: Callable[[Engine], None], **changes: str) -> list[float]:
-        again = make(spec.model_copy(update=changes), loss=summed_loss)
+        again = make(spec.model_copy(update=changes), loss=loss)
         load(again)
         again.freeze(())
         losses = [again.step(batch(step, world, micro), 1e-2).loss for step in range(steps // 2, steps)]

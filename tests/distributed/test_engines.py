@@ -34,6 +34,7 @@ TOGETHER = [
     {"ds_config": "zero1", "micro": 4},
     {"ds_config": "zero2", "micro": 1},
     {"ds_config": "zero3", "micro": 4, "gradient_checkpointing": "full", "mlp_tiles": 3},
+    {"ds_config": "zero3", "micro": 2, "each": True},
     {"ds_config": "zero2_offload", "micro": 2},
     {"ds_config": "zero3_offload", "micro": 1},
 ]

@@ -12,11 +12,12 @@ from launcher.estimate import (
     ASSUMED_LINK_SHARE,
     ASSUMED_MFU,
     Cluster,
-    estimate_memory,
+    Speed,
     estimate_pace,
     estimate_saves,
     estimate_traffic,
 )
+from launcher.memory import estimate_memory
 
 SIZE = 360_748_032
 
@@ -72,8 +73,9 @@ def test_a_model_too_large_to_stay_gathered_is_gathered_for_every_use_and_holds_
     sent = estimate_traffic(job, job.curriculum[0], large, 4)
     embeddings = 4 * 2 * 103_424 * 1024 * 3 / 4  # tied: used as the head as well
     assert sent.weights == pytest.approx(2 * sent.gradients + 2 * embeddings)
-    part = 2 * large.parameters / 1024
-    assert estimate_memory(job, job.curriculum[0], large, 4).weights == pytest.approx(256 * part + 2e9)
+    memory = estimate_memory(job, job.curriculum[0], large, 4)
+    assert memory.weights == pytest.approx(2 * large.parameters / 4)
+    assert memory.communication == pytest.approx(2e9 + 2 * 50e6), "and the bucket that its file asks for"
 
 
 def test_pace_is_compute_and_what_of_the_wire_shows() -> None:
@@ -88,6 +90,17 @@ def test_pace_is_compute_and_what_of_the_wire_shows() -> None:
     assert 131_072 / four.tokens_per_second == pytest.approx(computing + (1 - ASSUMED_HIDDEN) * wire)
     across = Cluster.parse("16xA100-80G")
     assert (across.nodes, across.link) == (2, ASSUMED_LINK_SHARE * 25e9), "between nodes the network decides"
+
+
+def test_a_measured_speed_takes_the_place_of_the_assumed_one_and_of_the_wire_it_was_measured_with() -> None:
+    job = job_of("zero2")
+    stage, shape, four = job.curriculum[0], shape_of(job), Cluster.parse("4xCPU")
+    speed = Speed(flops=50e9, update=2e-9, ranks=4)
+    computing = 131_072 * shape.flops_per_token(4096) / (4 * 50e9) + 2e-9 * SIZE / 4  # each updates its quarter
+    found = estimate_pace(job, stage, shape, four, speed)
+    assert found.tokens_per_second == pytest.approx(131_072 / computing) and found.waiting == 0
+    alone = Speed(flops=50e9, update=2e-9, ranks=1)
+    assert estimate_pace(job, stage, shape, four, alone).waiting > 0, "one rank sent nothing when it was measured"
 
 
 def test_saves_are_as_often_as_young_and_daly_say() -> None:

@@ -25,6 +25,7 @@ DOCS = (
     "results",
     "speed",
     "chat-and-serve",
+    "plan",
     "slurm",
     "ray",
     "fault-tolerance",
