@@ -60,16 +60,40 @@ def keep(name: str, result: Mapping[str, Any], *, quick: bool) -> None:
     if quick:
         say("a quick run: these figures mean little and are not kept")
         return
-    RESULTS.mkdir(exist_ok=True)
+    _write(RESULTS / f"{name}.json", _with_machine(result))
+
+
+def keep_run(name: str, result: Mapping[str, Any], *, quick: bool) -> None:
+    """Adds a run to the list in results/NAME.json: it replaces only one of the same device and settings."""
+    if quick:
+        say("a quick run: these figures mean little and are not kept")
+        return
     path = RESULTS / f"{name}.json"
-    content = {**_rounded(result, 6), "machine": _machine(), "versions": _versions()}
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    say(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    runs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    own = json.loads(json.dumps(_with_machine(result)))
+    others = [run for run in runs if (run["device"], run["settings"]) != (own["device"], own["settings"])]
+    _write(path, [*others, own])
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process ever held. Not getrusage: its maximum goes on from the process that started it."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
 
 
 def say(text: str) -> None:
     """Progress, seen at once even through a pipe, and even where sys.stdout was pointed elsewhere."""
     print(text, flush=True, file=sys.__stdout__)
+
+
+def _with_machine(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_rounded(result, 6), "machine": _machine(), "versions": _versions()}
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    say(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
 
 def _machine() -> dict[str, Any]:

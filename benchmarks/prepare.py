@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -24,10 +23,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import keep
 from ernie_dist.spec.job import JobSpec, parse_job
 
 GOAL = 0.90
@@ -39,14 +38,13 @@ BATCH = 1000
 def main() -> None:
     arguments = _arguments()
     if arguments.phase:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
         print(json.dumps(_PHASES[arguments.phase](arguments)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         result = _measure(arguments, Path(scratch))
-    path = Path(__file__).parent / "results" / "prepare.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1, ensure_ascii=False))
+    keep("prepare", result, quick=False)
 
 
 def _arguments() -> argparse.Namespace:
@@ -57,6 +55,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=beside / "data", help="folder with general.jsonl and law.jsonl")
     parser.add_argument("--tokenizer", default=str(beside / "tokenizer"), help="folder or hub id")
     parser.add_argument("--scratch", help="where the generated files go")
+    parser.add_argument("--cores", type=int, help="internal: that a phase may use")
     for name in ("phase", "file", "folder"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -65,27 +64,35 @@ def _arguments() -> argparse.Namespace:
 def _measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     files = {size: _generate(arguments.data, scratch / f"{size}.jsonl", size << 20) for size in arguments.sizes}
     published = scratch / "published"
-    arguments.tokenizer = _run(arguments, "publish", files[min(files)], published)["folder"]
+    arguments.tokenizer = _run(arguments, "publish", files[min(files)], published, 1)["folder"]
     runs: dict[str, list[dict[str, float]]] = {}
+    cores = len(os.sched_getaffinity(0))
+    small, large = sorted(files)
+    plan = [("prepare", small, cores), ("prepare", large, cores), ("prepare", small, 1)]
+    plan += [("encode_batch", large, cores), ("encode_batch_fast", large, cores), ("encode_batch_fast", small, 1)]
     for _ in range(arguments.rounds):
-        for size, file in files.items():
+        for phase, size, used in plan:
             folder = scratch / "prepared"
-            shutil.copytree(published / "tokenizer", folder / "tokenizer")
-            runs.setdefault(f"prepare {size} MB", []).append(_run(arguments, "prepare", file, folder))
-            shutil.rmtree(folder)
-        for phase in ("encode_batch", "encode_batch_fast"):
-            runs.setdefault(phase, []).append(_run(arguments, phase, files[max(files)], scratch))
+            if phase == "prepare":
+                shutil.copytree(published / "tokenizer", folder / "tokenizer")
+            name = f"prepare {size} MB" if phase == "prepare" else phase
+            name += "" if used == cores else ", one core"
+            runs.setdefault(name, []).append(_run(arguments, phase, files[size], folder, used))
+            shutil.rmtree(folder, ignore_errors=True)
     speed, thrift = (
         {name: statistics.median(run["tokens"] / run[what] for run in several) for name, several in runs.items()}
         for what in ("seconds", "cpu_seconds")
     )
-    small, large = (f"prepare {size} MB" for size in sorted(files))
+    alone = f"prepare {small} MB, one core"
+    small, large = (f"prepare {size} MB" for size in (small, large))
     return {
         "tokens_per_second": {name: round(value) for name, value in speed.items()},
         "ratio": {name: round(speed[large] / speed[name], 3) for name in ("encode_batch", "encode_batch_fast")},
         "ratio_by_cpu_time": {
             name: round(thrift[large] / thrift[name], 3) for name in ("encode_batch", "encode_batch_fast")
         },
+        "ratio_on_one_core": round(speed[alone] / speed["encode_batch_fast, one core"], 3),
+        "all_cores_over_one": {"prepare": round(speed[small] / speed[alone], 2), "cores": cores},
         "goal": GOAL,
         "peak_memory_mb": {
             f"{name} ({what})": round(max(run[what] for run in runs[name]) / 1e6)
@@ -94,13 +101,6 @@ def _measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         },
         "seconds": {name: [round(run["seconds"], 2) for run in several] for name, several in runs.items()},
         "data": "sentences of poems and statutes" if (arguments.data / "law.jsonl").exists() else "generated words",
-        "machine": {
-            "cpu": _cpu(),
-            "cores": len(os.sched_getaffinity(0)),
-            "load_average": round(os.getloadavg()[0], 1),
-            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-        },
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("tokenizers", "numpy")}},
     }
 
 
@@ -125,9 +125,10 @@ def _texts(path: Path) -> Iterator[str]:
             yield json.loads(line)["text"]
 
 
-def _run(arguments: argparse.Namespace, phase: str, file: Path, folder: Path) -> dict[str, Any]:
+def _run(arguments: argparse.Namespace, phase: str, file: Path, folder: Path, cores: int) -> dict[str, Any]:
     """One measurement in its own process, with the peak memory of it and of all its children together."""
     own = ["--phase", phase, "--file", str(file), "--folder", str(folder), "--tokenizer", arguments.tokenizer]
+    own += ["--cores", str(cores)]
     process = subprocess.Popen([sys.executable, "-m", "benchmarks.prepare", *own], stdout=subprocess.PIPE, text=True)
     peak = {"parent_bytes": 0, "all_processes_bytes": 0}
 
@@ -165,12 +166,6 @@ def _resident(process: int) -> int:
         return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):
         return 0
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
 
 
 def _publish(arguments: argparse.Namespace) -> dict[str, Any]:

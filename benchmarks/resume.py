@@ -1,4 +1,4 @@
-"""Time from nothing to the first batch at a position 30 billion tokens into a job, and at its start.
+"""Time to the first batch, 30 billion tokens into a job and at its start; and planning the packs of so many.
 
     python -m benchmarks.resume [--quick]
 
@@ -6,7 +6,8 @@ Each measurement is a fresh process: it imports, reads job.json, makes a BatchLo
 tokens, as the only rank. The plan of the packs is real, with an entry for every document, and is dropped from the page
 cache before each process, so that it comes from the disk; where the name says so, it is left in memory. The token files
 have their full size but are holes, read once before: what a disk takes for the tokens of one batch is not in it, and
-neither is restoring a model's weights.
+neither is restoring a model's weights. Planning is what `ernie prepare` does once, after tokenising: documents of 1000
+tokens on average, 30 billion in all, are packed to 4096 positions and the plan is written.
 """
 
 from __future__ import annotations
@@ -22,18 +23,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import in_turns, keep, parser, say, show, spread
+from benchmarks.harness import in_turns, keep, parser, peak_resident_bytes, say, show, spread
 
 GOAL = 1.0
 """seconds to the first batch, imports not counted"""
+PLAN_GOALS = {"seconds": 10.0, "peak_memory_mb": 2048.0}
+MEAN_DOCUMENT = 1000
 SEQUENCE_LENGTH = 4096
 BATCH_TOKENS = 1 << 20
 SHARDS = 64
 PIECES = 4
 """documents in each sequence"""
 POSITION = 30 * 10**9
-DISK = 10**9
-"""bytes free: twice what the plan of the packs takes"""
+DISK = 2 * 10**9
+"""bytes free: twice what the plans of the packs and the lengths of the documents take"""
 GAP = 7
 """tokens that each document falls short of its part of the sequence, so that there is padding to make"""
 
@@ -41,12 +44,17 @@ GAP = 7
 def main() -> None:
     command = parser(__doc__)
     command.add_argument("--scratch", type=Path, help="where 0.5 GB are written and removed (a temporary folder)")
+    command.add_argument("--rounds", type=int, default=7, help="of each measurement (7; planning twice)")
     command.add_argument("--measure", nargs=2, metavar=("JOB", "BATCH"), help="internal: one measurement")
+    command.add_argument("--plan", type=Path, metavar="FOLDER", help="internal: another")
     arguments = command.parse_args()
     if arguments.measure:
         _measure(Path(arguments.measure[0]), int(arguments.measure[1]))
         return
-    rounds, position = (2, POSITION // 100) if arguments.quick else (7, POSITION)
+    if arguments.plan:
+        _plan(arguments.plan)
+        return
+    rounds, position = (2, POSITION // 100) if arguments.quick else (arguments.rounds, POSITION)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as name:
         folder = Path(name)
         if shutil.disk_usage(folder).free < DISK:
@@ -63,17 +71,26 @@ def main() -> None:
             measured[name].clear()
         in_turns(measures, rounds)
         size = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+        say(f"planning the packs of {position / 1e9:g} billion tokens")
+        planning = [_planned(folder / "plan", position) for _ in range(2)]
     keys = tuple(measured["start"][0])
     results = {name: {key: spread([one[key] for one in several]) for key in keys} for name, several in measured.items()}
     seconds = results["resumed"]["first_batch_seconds"]
     rows = [(name, *(f"{of[key]['median']:.3f}" for key in keys)) for name, of in results.items()]
     show(("median", *keys), rows)
     say(f"first batch {position / 1e9:g} billion tokens in: {seconds['median']:.3f} s; goal: under {GOAL} s")
+    plan = {name: spread([one[name] for one in planning]) for name in planning[0]}
+    say(f"planning: {plan['seconds']['median']:.1f} s, {plan['peak_memory_mb']['median']:.0f} MB; goals: {PLAN_GOALS}")
     result = {
         "what": "fresh processes: seconds from after the imports to the first batch, the plan of the packs on disk",
         **results,
         "goal": GOAL,
         "met": seconds["median"] < GOAL,
+        "planning": {
+            **plan,
+            "goals": PLAN_GOALS,
+            "met": all(plan[name]["median"] <= goal for name, goal in PLAN_GOALS.items()),
+        },
         "settings": {
             "position_tokens": batch * BATCH_TOKENS,
             "tokens_per_batch": BATCH_TOKENS,
@@ -157,10 +174,37 @@ def _measure(job: Path, batch: int) -> None:
     print(json.dumps(result))
 
 
+def _planned(folder: Path, tokens: int) -> dict[str, float]:
+    """In a fresh process, over documents whose starts and lengths are memory-mapped."""
+    import numpy as np
+
+    if not folder.exists():
+        folder.mkdir()
+        lengths = np.random.default_rng(17).geometric(1 / MEAN_DOCUMENT, tokens // MEAN_DOCUMENT).astype(np.uint32)
+        np.save(folder / "lengths.npy", lengths)
+        np.save(folder / "starts.npy", np.cumsum(lengths, dtype=np.uint64) - lengths)
+    command = [sys.executable, "-m", "benchmarks.resume", "--plan", str(folder)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    say(f"  {output.strip()}")
+    return json.loads(output)
+
+
+def _plan(folder: Path) -> None:
+    """In the fresh process: prints one line of JSON."""
+    import numpy as np
+
+    from ernie_dist.data.packing import plan_packs
+
+    starts, lengths = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("starts", "lengths"))
+    began, cpu = time.perf_counter(), time.process_time()
+    packs = plan_packs(starts, lengths, SEQUENCE_LENGTH, overlong="split")
+    packs.save(folder / "packs")
+    spent = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+    print(json.dumps({**spent, "peak_memory_mb": _peak_mb(), "documents": len(lengths), "sequences": len(packs)}))
+
+
 def _peak_mb() -> float:
-    # Not getrusage: its maximum goes on from the process that started this one.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+    return peak_resident_bytes() / 2**20
 
 
 if __name__ == "__main__":

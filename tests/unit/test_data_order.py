@@ -18,6 +18,7 @@ from ernie_dist.batch import IGNORED, Batch
 from ernie_dist.data.loader import BatchLoader, load_batches
 from ernie_dist.data.prepare import prepare
 from ernie_dist.data.resolve import resolve_prepared
+from ernie_dist.data.shard import PreparedSource
 from ernie_dist.progress import Progress
 from ernie_dist.spec.errors import DataError
 from ernie_dist.spec.job import parse_job
@@ -157,6 +158,19 @@ def test_any_batch_is_read_as_if_all_before_it_had_been(job: ResolvedJob) -> Non
         assert np.array_equal(alone.sequence_ids, in_order[index].sequence_ids)
     middle = list(load_batches(BatchLoader(job, World()), 37, 44))
     assert torch.equal(rows(*middle), rows(*in_order[37:44]))
+
+
+@pytest.mark.parametrize("name", ["poems", "chat"])
+def test_many_pieces_are_read_as_each_one_is(job: ResolvedJob, name: str) -> None:
+    source = PreparedSource.open(Path(job.sources[name].folder))
+    starts, lengths = (column.astype(np.int64) for column in source.documents("train"))
+    by_length = np.argsort(lengths, kind="stable")
+    for chosen in (by_length[:30], by_length[-30:][::-1]):  # short and long ones are copied in different ways
+        ids, mask = source.gather(starts[chosen], lengths[chosen])
+        spans = zip(starts[chosen].tolist(), lengths[chosen].tolist(), strict=True)
+        each_ids, each_mask = zip(*(source.read(*span) for span in spans), strict=True)
+        assert np.array_equal(ids, np.concatenate(each_ids))
+        assert (mask is None and name == "poems") or np.array_equal(mask, np.concatenate(each_mask))
 
 
 def test_a_stage_in_epochs_sees_every_document_once_in_each_pass(job: ResolvedJob, tokenizer: Any) -> None:

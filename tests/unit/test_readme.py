@@ -23,6 +23,7 @@ DOCS = (
     "data",
     "evaluate",
     "results",
+    "speed",
     "chat-and-serve",
     "plan",
     "slurm",
