@@ -84,8 +84,8 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
     make = partial(build_engine, optimizer=OptimizerSpec(), freezes=[freeze], build=build, world=world)
     make = partial(make, pretrained=pretrained, adapter=model.adapter is not None)
     poison = [1.0]
-    loss = each_loss if "each" in case else summed_loss
-    engine = make(spec, loss=lambda model, rows: loss(model, rows) * poison[0])
+    summed = each_loss if "each" in case else summed_loss
+    engine = make(spec, loss=lambda model, rows: summed(model, rows) * poison[0])
     micro, results = case["micro"], []
     for step in range(steps):
         engine.freeze(freeze if step == 1 else ())
@@ -117,7 +117,7 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
     engine.close()
 
     def replay_from(load: Callable[[Engine], None], **changes: str) -> list[float]:
-        again = make(spec.model_copy(update=changes), loss=loss)
+        again = make(spec.model_copy(update=changes), loss=summed)
         load(again)
         again.freeze(())
         losses = [again.step(batch(step, world, micro), 1e-2).loss for step in range(steps // 2, steps)]
