@@ -21,7 +21,7 @@ from ernie_dist.spec.errors import SpecError
 from ernie_dist.spec.hardware import device_name
 from ernie_dist.spec.job import JobSpec
 from ernie_dist.spec.orphan import die_with_parent
-from launcher.estimate import CPU, Cluster, Speed, shape_of
+from launcher.estimate import CPU, Cluster, Speed, shape_of, work_per_token
 from launcher.memory import Memory, Policy, estimate_memory, trained_parameters
 from launcher.node import rank_environment
 
@@ -55,7 +55,7 @@ def rehearse(job: JobSpec) -> Rehearsal:
         raise SpecError(f"--calibrate: {found['device']} is not in the table of devices, so no plan can be made for it")
     cluster = Cluster.of(ranks, name)
     policy = Policy.of(job, cluster.device)
-    flops = shape.flops_per_token(stage.sequence_length, adapter=job.model.adapter)
+    flops = work_per_token(job, stage, shape)
     positions = batch.micro_batch_size * stage.sequence_length
     updated = trained_parameters(job, shape) / (ranks if policy.zero else 1)
     return Rehearsal(

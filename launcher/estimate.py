@@ -113,7 +113,7 @@ class Speed:
     """What one rank was measured to do, on a job of its own (launcher.calibrate)."""
 
     flops: float
-    """FLOP/s in forward and backward, by ModelShape.flops_per_token"""
+    """FLOP/s in forward and backward, by work_per_token"""
     update: float
     """seconds for each weight that this rank updates"""
     ranks: int
@@ -129,13 +129,24 @@ class Pace:
     """share of a step that waits for the wire"""
 
 
+def work_per_token(job: JobSpec, stage: StageSpec, shape: ModelShape) -> float:
+    """FLOPs of a token with all that is computed once more, which model FLOPs leave out: recomputed layers, MLPs in
+    tiles, and the head where answers are compared."""
+    head = 2.0 * shape.vocab_size * shape.hidden_size
+    layers = 2.0 * shape.active_parameters - head + 4.0 * shape.layers * shape.attention_width * stage.sequence_length
+    again = recomputed(job, shape) / shape.layers * layers
+    again += 6.0 * shape.layers * shape.hidden_size * shape.mlp_width if job.engine.mlp_tiles > 1 else 0.0
+    again += head if stage.dpo is not None else 0.0
+    return shape.flops_per_token(stage.sequence_length, adapter=job.model.adapter) + again
+
+
 def estimate_pace(
     job: JobSpec, stage: StageSpec, shape: ModelShape, cluster: Cluster, speed: Speed | None = None
 ) -> Pace:
     """Compute at the measured speed, or at ASSUMED_MFU of the peak; beside it the wire, of which ASSUMED_HIDDEN is
     hidden at best."""
     tokens = stage.tokens_per_batch or job.tokens_per_batch
-    flops = shape.flops_per_token(stage.sequence_length, adapter=job.model.adapter)
+    flops = work_per_token(job, stage, shape)
     policy = Policy.of(job, cluster.device)
     rate = speed.flops if speed else ASSUMED_MFU * cluster.device.peak_flops
     computing = tokens * flops / (rate * cluster.count)

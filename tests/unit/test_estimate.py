@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from ernie_dist.spec.curriculum import DpoSpec
 from ernie_dist.spec.job import JobSpec, parse_job
 from ernie_dist.spec.shape import ModelShape, config_values
 from launcher.cli import main
@@ -16,6 +17,7 @@ from launcher.estimate import (
     estimate_pace,
     estimate_saves,
     estimate_traffic,
+    work_per_token,
 )
 from launcher.memory import estimate_memory
 
@@ -90,6 +92,24 @@ def test_pace_is_compute_and_what_of_the_wire_shows() -> None:
     assert 131_072 / four.tokens_per_second == pytest.approx(computing + (1 - ASSUMED_HIDDEN) * wire)
     across = Cluster.parse("16xA100-80G")
     assert (across.nodes, across.link) == (2, ASSUMED_LINK_SHARE * 25e9), "between nodes the network decides"
+
+
+def test_what_is_computed_once_more_takes_its_time() -> None:
+    job = job_of("zero2")
+    stage, shape = job.curriculum[0], shape_of(job)
+    layers = 18 * (1024 * (2 * 2048 + 2 * 256) + 3 * 1024 * 3072)
+    forward, head = 2 * layers + 4 * 18 * 2048 * 4096, 2 * 103424 * 1024
+    once = work_per_token(job, stage, shape)
+    assert once == 3 * (forward + head)
+    for changes, more in (
+        ({"gradient_checkpointing": "full"}, forward),
+        ({"gradient_checkpointing": 2}, forward / 2),
+        ({"mlp_tiles": 4}, 2 * 18 * 3 * 1024 * 3072),
+    ):
+        changed = job.model_copy(update={"engine": job.engine.model_copy(update=changes)})
+        assert work_per_token(changed, stage, shape) == pytest.approx(once + more)
+    compared = stage.model_copy(update={"dpo": DpoSpec()})
+    assert work_per_token(job, compared, shape) == once + head
 
 
 def test_a_measured_speed_takes_the_place_of_the_assumed_one_and_of_the_wire_it_was_measured_with() -> None:
