@@ -136,7 +136,7 @@ def test_memory_does_not_grow_over_two_hundred_steps() -> None:
 # --- the head ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("labelled", "bias"), [(3 * CHUNK + 1, False), (CHUNK, True), (1, False), (0, False)])
 @pytest.mark.parametrize("each", [False, True])
 def test_losses_and_gradients_of_chunks_are_those_of_all_logits(
