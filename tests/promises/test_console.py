@@ -12,7 +12,7 @@ import pytest
 
 CHAT = (sys.executable, "-m", "launcher", "chat")
 BACKSPACE, CTRL_C, CTRL_D = "\x7f", "\x03", "\x04"
-ENDLESS = ("--temperature=9", "--top-k=200", "--max-new-tokens=200")
+ENDLESS = ("--temperature=0", "--max-new-tokens=200")
 
 
 @pytest.fixture
