@@ -64,7 +64,7 @@ format: $(STAMP) ## put the code into the one layout, and mend what can be mende
 	$(BIN)/ruff format
 
 bench: $(STAMP) ## every benchmark, one after another
-	@set -e; for name in prepare loader resume save overhead throughput scaling startup communication trainer page; do \
+	@set -e; for name in prepare loader resume save overhead throughput scaling startup head communication planned trainer page; do \
 		echo "== $$name"; $(ACTIVE) $(BIN)/python -m benchmarks $$name; done
 
 clean: ## remove the environment, caches and build output (runs and prepared data stay)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import in_turns, keep, parser, say, show, spread
+from benchmarks.harness import in_turns, keep, parser, peak_resident_bytes, say, show, spread
 
 if TYPE_CHECKING:
     import torch
@@ -111,12 +111,16 @@ def _serve(name: str, positions: int, times: int) -> None:
         began = time.perf_counter()
         if word.strip() == "ready":
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from now on
-            before = _memory("VmRSS")
+            before = peak_resident_bytes()
             found = run()
         elif word.strip() == "run":
             for _ in range(times):
                 run()
-        answer = {"seconds": (time.perf_counter() - began) / times, "loss": found, "bytes": _memory("VmHWM") - before}
+        answer = {
+            "seconds": (time.perf_counter() - began) / times,
+            "loss": found,
+            "bytes": peak_resident_bytes() - before,
+        }
         print(json.dumps(answer), flush=True)
         if word.strip() == "end":
             return
@@ -132,12 +136,6 @@ def _loss(name: str, head: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.
         return lambda hidden, labels: cross_entropy(nn.Linear.forward(head, hidden), labels, reduction="sum")
     options = nn.LinearCrossEntropyOptions()
     return lambda hidden, labels: linear_cross_entropy(hidden, head.weight, labels, reduction="sum", options=options)
-
-
-def _memory(field: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ernie_dist.batch import Batch, MicroBatch, Row, stack
 from ernie_dist.engine.select import build_engine
+from ernie_dist.model import head
 from ernie_dist.model.build import build_model, layer_options
 from ernie_dist.model.loss import summed_loss
 from ernie_dist.spec.errors import SpecError
@@ -18,7 +19,7 @@ from ernie_dist.spec.hardware import DEVICES, cpu
 from ernie_dist.spec.job import JobSpec, parse_job
 from ernie_dist.spec.shape import ModelShape
 from ernie_dist.world import World
-from launcher import calibrate
+from launcher import calibrate, memory
 from launcher.cli import main
 from launcher.estimate import shape_of
 from launcher.fit import settled
@@ -107,6 +108,13 @@ def most_allocated(job: JobSpec) -> int:
         total += event.nbytes()
         peak = max(peak, total)
     return peak
+
+
+def test_the_plan_counts_on_the_chunks_of_logits_that_the_head_makes() -> None:
+    assert {
+        on_cpu: head.CHUNK_LOGITS["cpu" if on_cpu else "cuda"] for on_cpu in (True, False)
+    } == memory._LOGITS_AT_ONCE
+    assert memory._LOGITS_IN_CACHE == head._IN_CACHE
 
 
 @pytest.mark.parametrize(("checkpointing", "tiles"), [("none", 1), (2, 1), ("full", 1), ("none", 4)])
