@@ -116,12 +116,8 @@ def _serve(name: str, positions: int, times: int) -> None:
         elif word.strip() == "run":
             for _ in range(times):
                 run()
-        answer = {
-            "seconds": (time.perf_counter() - began) / times,
-            "loss": found,
-            "bytes": peak_resident_bytes() - before,
-        }
-        print(json.dumps(answer), flush=True)
+        seconds, peak = (time.perf_counter() - began) / times, peak_resident_bytes() - before
+        print(json.dumps({"seconds": seconds, "loss": found, "bytes": peak}), flush=True)
         if word.strip() == "end":
             return
 
