@@ -48,8 +48,11 @@ class Phase(IntEnum):
     def label(self) -> str:
         return self.name.lower().replace("_", " ")
 
+    @property
+    def trains(self) -> bool:
+        return self in (Phase.FIRST_STEP, Phase.STEP)
 
-_OFTEN = (Phase.READ, Phase.FIRST_STEP, Phase.STEP)
+
 _PID, _PLACE, _PULSE, _LONGEST = (struct.Struct(text) for text in ("<q", "<qqd", "<d", f"<{len(Phase)}d"))
 _PLACE_AT = _PID.size
 _PULSE_AT = _PLACE_AT + _PLACE.size
@@ -78,7 +81,7 @@ class Heartbeat:
         self._memory = memory or mmap.mmap(-1, _SIZE)
         self._phase, self._step, self._since = Phase.START, 0, time.monotonic()
         self.on_end: Callable[[Phase, int, float], None] | None = None
-        """called with phase, step and seconds of what has just ended, for anything but reading and steps"""
+        """called with phase, step and seconds of what has just ended"""
         _PID.pack_into(self._memory, 0, os.getpid())
         _PLACE.pack_into(self._memory, _PLACE_AT, self._phase, self._step, self._since)
         self.pulse()
@@ -92,7 +95,7 @@ class Heartbeat:
         longest = _LONGEST_AT + 8 * ended
         if seconds > _PULSE.unpack_from(self._memory, longest)[0]:
             _PULSE.pack_into(self._memory, longest, seconds)
-        if self.on_end is not None and ended not in _OFTEN:
+        if self.on_end is not None:
             self.on_end(ended, at, seconds)
 
     def touch(self) -> None:

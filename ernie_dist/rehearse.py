@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import re
 import sys
 import time
 from functools import partial
@@ -22,6 +21,7 @@ import torch
 from ernie_dist.batch import Batch, Row, stack
 from ernie_dist.engine.base import Engine
 from ernie_dist.engine.select import build_engine
+from ernie_dist.memory import memory_of
 from ernie_dist.model.build import build_model, layer_options
 from ernie_dist.model.loss import summed_loss
 from ernie_dist.spec.curriculum import StageSpec
@@ -44,7 +44,8 @@ def rehearse(job: JobSpec, stage: StageSpec, vocab_size: int, steps: int, world:
     world.connect()
     plan = job.batch_plan(stage, world.size)
     _page_in(job, stage, world)
-    held = _CudaMemory() if world.device.type == "cuda" else _HostMemory()
+    held = memory_of(world.device)
+    before = held.now()
     engine = _engine(job, stage, vocab_size, world)
     seconds: dict[int, list[float]] = {1: [], 2: []}
     peak, began = 0, time.perf_counter()
@@ -58,7 +59,7 @@ def rehearse(job: JobSpec, stage: StageSpec, vocab_size: int, steps: int, world:
             continue
         seconds[count].append(time.perf_counter() - started)
         if count <= plan.gradient_accumulation_steps:
-            peak = max(peak, held.peak())
+            peak = max(peak, held.peak() - before)
         if world.is_main:
             print(f"  {count} micro-batch{'es' * (count > 1)}: {seconds[count][-1]:.2f} s", flush=True)
         if count == 2 and world.from_main(time.perf_counter() - began > ENOUGH):
@@ -106,41 +107,6 @@ def _batch(
     sequences = rows * micro_batches * world.size
     parts = tuple(stack([row() for _ in range(rows)]) for _ in range(micro_batches))
     return Batch(number, stage.name, parts, np.zeros((sequences, 2), np.int64), sequences * length)
-
-
-class _HostMemory:
-    """Resident memory of this process, less what files mapped into it take: libraries page in as they are used."""
-
-    def __init__(self) -> None:
-        self.process, self._before = _status("VmRSS"), _status("RssAnon")
-
-    def begin(self) -> None:
-        """The peak is counted from here."""
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-    def peak(self) -> int:
-        return _status("VmHWM") - _status("RssFile") - self._before
-
-
-class _CudaMemory:
-    """What torch's allocator handed out."""
-
-    def __init__(self) -> None:
-        free, total = torch.cuda.mem_get_info()
-        self.process, self._before = total - free, torch.cuda.memory_allocated()
-
-    def begin(self) -> None:
-        torch.cuda.reset_peak_memory_stats()
-
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated() - self._before
-
-
-def _status(name: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), flags=re.M)
-    assert found
-    return 1024 * int(found[1])
 
 
 def _page_in(job: JobSpec, stage: StageSpec, world: World) -> None:

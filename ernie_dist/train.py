@@ -30,6 +30,7 @@ from ernie_dist.export.transformers_folder import export_model
 from ernie_dist.garbage import Garbage
 from ernie_dist.guard import Recent
 from ernie_dist.heartbeat import Heartbeat, Phase
+from ernie_dist.memory import Peaks
 from ernie_dist.meter import Meter
 from ernie_dist.model.base_weights import base_fingerprint
 from ernie_dist.model.build import build_model, layer_options
@@ -67,6 +68,7 @@ class _Attempt:
         beat.enter(Phase.PREFLIGHT, 0)
         self.preflight = preflight(files, attempt, world)
         beat.enter(Phase.START, 0)
+        self.peaks = Peaks(world)
         self.job = job = ResolvedJob.read(files.job)
         known = read_events(files.events) if world.is_main else []
         saves = [event["seconds"] for event in known if event["event"] == "CheckpointSaved"]
@@ -80,9 +82,7 @@ class _Attempt:
         # The rank's own log is where `ernie logs` looks, also once the terminal is gone.
         sinks = [*build_sinks(job, files, console), ConsoleSink(sys.stdout)] if world.is_main else []
         self.events = events.EventBus(sinks)
-        beat.on_end = lambda phase, step, seconds: self.events.emit(
-            events.PhaseEnded(attempt, phase.label, step, seconds)
-        )
+        beat.on_end = self._phase_ended
         self.skips = Skips.read(files.skipped_batches)
         self.evaluations = Evaluations(job, files, world, self.engine, self.events, self.skips, self._is_asked_to_stop)
         self.meter = Meter(job, self.engine, world)
@@ -139,6 +139,7 @@ class _Attempt:
                 due = False
                 beat.enter(Phase.SAVE, self.progress.step)
                 self.store.save(engine, self.progress, self._remembered())
+                self._tell_of_memory()
             self._tell_of_saves(wait=stopping or finished)
             if stopping:
                 self.events.emit(self._stopped(saved=saving))
@@ -308,6 +309,17 @@ class _Attempt:
                 events.CheckpointSaved(saved.step, saved.folder.name, saved.bytes, saved.seconds, saved.blocked)
             )
 
+    def _phase_ended(self, phase: Phase, step: int, seconds: float) -> None:
+        if phase.trains:
+            self.peaks.ended(f"step/{self.job.stage_at(self.progress.batch_index - 1).name}")
+            return
+        self.peaks.ended(phase.label)
+        if phase is not Phase.READ:
+            self.events.emit(events.PhaseEnded(self.attempt, phase.label, step, seconds))
+
+    def _tell_of_memory(self) -> None:
+        self.events.emit(events.MemoryPeaks(self.progress.step, self.attempt, self.peaks.fullest(), self.peaks.device))
+
     def _stopped(self, *, saved: bool) -> events.Stopped:
         step, reason = self.progress.step, self.stop.reason()
         if saved:
@@ -342,6 +354,7 @@ class _Attempt:
         self.beat.enter(Phase.CLOSE, self.progress.step)
         if self.world.is_main:
             self.events.emit(events.TimeSpent(self.progress.step, goodput.of_run(self.files, self.job)))
+        self._tell_of_memory()
         self.engine.close()
 
 

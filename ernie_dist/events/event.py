@@ -248,6 +248,19 @@ class TimeSpent(Event):
 
 
 @dataclass(frozen=True)
+class MemoryPeaks(Event):
+    """What the phases of this attempt took at most so far."""
+
+    step: int
+    attempt: int
+    peaks: dict[str, tuple[int, int]]
+    """start, step/STAGE, evaluate, ... -> bytes on the rank that held most in it, and which; of a GPU what torch handed
+    out, of a CPU rank what was resident"""
+    device_bytes: int
+    """of rank 0's GPU, or of its machine"""
+
+
+@dataclass(frozen=True)
 class Stopped(Event):
     """Stopped on request, resumable."""
 

@@ -16,6 +16,7 @@ from ernie_dist.events.goodput import PARTS, described, of_run
 from ernie_dist.events.history import Replayed, read_all_attempts, read_events, read_metrics, replayed_steps
 from ernie_dist.events.wording import perplexity
 from ernie_dist.report.attempts import Attempt, SlowRank, attempts_of, slow_ranks
+from ernie_dist.report.memory import Held, memory_held
 from ernie_dist.spec.resolve import ResolvedJob, ResolvedStage
 from ernie_dist.spec.run_files import RunFiles
 
@@ -129,11 +130,13 @@ class RunSummary:
     restarts: list[int]
     """consumed tokens at which a later attempt went on"""
     skipped_steps: int
+    """steps whose update was refused, or skipped by the engine"""
     time: dict[str, float]
     """seconds of each part of the wall time"""
+    memory: list[Held]
+    """none where the run is older than this record, or its system does not tell"""
     slow: list[SlowRank]
     """ranks that were too slow at some time"""
-    """steps whose update was refused, or skipped by the engine"""
     refused_updates: list[dict[str, Any]]
     """UpdateRefused events, the last of each batch, in order"""
     skipped_batches: list[dict[str, Any]]
@@ -207,6 +210,7 @@ def collect(run_dir: Path) -> RunSummary:
         ended_early=early[0]["reason"] if early else "",
         refused=[(e["checkpoint"], e["reason"]) for e in events if e["event"] == "CheckpointRefused"],
         time=of_run(files, job),
+        memory=memory_held(events),
         slow=slow_ranks(lines, job.spec.watchdog.straggler),
         restarts=[job.consumed_tokens(a.from_step) for a in attempts[1:]],
         skipped_steps=sum(not step.get("applied", True) for step in metrics),

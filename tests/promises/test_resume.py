@@ -40,14 +40,20 @@ def test_killed_at_random_steps_and_in_the_middle_of_a_save_the_curve_is_the_sam
     restored = [event["checkpoint"] for event in read_events(files.events) if event["event"] == "Restored"]
     assert len(restored) >= 3
     assert restored[-2:] == [before, "step_00000040"]
+    held = [event["peaks"] for event in read_events(files.events) if event["event"] == "MemoryPeaks"]
+    assert {f"step/{stage}" for stage in ("general", "domain", "sft")} <= {phase for peaks in held for phase in peaks}
+    assert {"start", "step/prefer", "evaluate", "save", "export"} <= held[-1].keys(), (
+        "of the attempt that ended the run"
+    )
     assert not list(files.checkpoints.glob("*.tmp"))
 
 
 def test_a_stop_by_signal_or_command_saves_and_gives_75_and_the_next_launch_goes_on(runs, uninterrupted):
-    run, plain = "stopped", "engine.kind=plain"
+    run = "stopped"
+    plain = ("engine.kind=plain", "engine.memory=auto", "resources.device=A100-40G")
     files, last = runs.files(run), 0
     for attempt, how in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, "ernie stop"), start=1):
-        process = runs.start(run, plain, "checkpoint.every=100 steps", ranks=1)
+        process = runs.start(run, *plain, "checkpoint.every=100 steps", ranks=1)
         while len(runs.steps_of(run, attempt)) < 2:
             assert process.poll() is None, process.communicate()[0]
         if how == "ernie stop":
@@ -61,7 +67,7 @@ def test_a_stop_by_signal_or_command_saves_and_gives_75_and_the_next_launch_goes
         assert steps[0] == last + 1, "nothing lost, nothing repeated"
         last = steps[-1]
         assert complete_checkpoints(files.checkpoints)[0].name == f"step_{last:08d}"
-    runs.finish(run, plain, "checkpoint.every=100 steps", ranks=1)
+    runs.finish(run, *plain, "checkpoint.every=100 steps", ranks=1)
     ours = runs.curve(run)
     assert [ours[step][2] for step in ours] == [uninterrupted[step][2] for step in uninterrupted]
     assert all(abs(ours[step][0] - uninterrupted[step][0]) < 1e-3 for step in ours)

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ernie_dist.batch import Batch, MicroBatch, Row, stack
 from ernie_dist.engine.select import build_engine
+from ernie_dist.memory import Peaks
 from ernie_dist.model import head
 from ernie_dist.model.build import build_model, layer_options
 from ernie_dist.model.loss import summed_loss
@@ -68,6 +69,18 @@ def micro_batch() -> MicroBatch:
         return Row(tokens, np.roll(tokens, -1), np.arange(LENGTH), np.array([LENGTH]))
 
     return stack([row() for _ in range(ROWS)])
+
+
+def test_a_phase_s_peak_is_its_own() -> None:
+    peaks, size = Peaks(World()), 64 << 20
+    peaks.ended("before")
+    torch.ones(size // 4)  # gone again by the time anybody looks
+    peaks.ended("large")
+    peaks.ended("after")
+    held = {phase: most for phase, (most, rank) in peaks.fullest().items() if rank == 0}
+    assert held["large"] - held["before"] > 0.9 * size
+    assert held["large"] - held["after"] > 0.9 * size
+    assert 0 < held["large"] < peaks.device
 
 
 def kept_by_autograd(layers: int) -> int:

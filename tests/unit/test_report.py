@@ -19,6 +19,7 @@ from ernie_dist.events.event import (
     EventBus,
     Finished,
     HangDetected,
+    MemoryPeaks,
     Preflight,
     Restored,
     StageStarted,
@@ -151,6 +152,9 @@ def run_attempt(
             evaluate(bus, job, step)
         if step % 30 == 0:
             bus.emit(CheckpointSaved(step, f"step_{step:08d}", 123_456_789, 0.7, 0.1))
+    if last > first:
+        size = 30_000_000_000 + number
+        bus.emit(MemoryPeaks(last, number, {"read": (9, 0), "step/general": (size, 1), "start": (7, 0)}, 80 << 30))
     if last == job.total_batches:
         bus.emit(Finished(last, job.total_tokens, str(files.export)))
     bus.close()
@@ -247,6 +251,11 @@ def test_summary_agrees_with_the_record(interrupted, job):
     ]
     assert [attempt.nodes for attempt in run.attempts] == [("n1", "n9"), ("n2", "n9")]
     assert run.attempts[1].network == "all-reduce in 0.21 ms, bus bandwidth 1.3 GB/s"
+    assert [(one.what, one.bytes, one.rank, one.attempt) for one in run.memory] == [
+        ("building model and engine, reading a checkpoint", 7, 0, 1),
+        ("steps of general", 30_000_000_002, 1, 2),
+    ]
+    assert run.memory[1].share == pytest.approx(0.349, abs=1e-3)
     assert len(run.replays) == run.identical_replays == 7
     assert [(c.step, c.kept) for c in run.checkpoints] == [(30, False), (60, False), (90, False), (120, True)]
     qa = run.sources[3]
