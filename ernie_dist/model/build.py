@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from ernie_dist.model import attention
-from ernie_dist.model.head import with_loss_head
+from ernie_dist.model.head import SAME_SUMS, with_loss_head
 from ernie_dist.spec.errors import SpecError
 from ernie_dist.spec.shape import config_values
 from ernie_dist.spec.training import EngineSpec, ModelSpec
@@ -130,10 +130,12 @@ def _in_tiles(forward: Callable[[torch.Tensor], torch.Tensor], tiles: int, hidde
 
 
 def _compile_layers(model: PreTrainedModel) -> None:
-    """Norms, rotary embedding and activation of a layer become one kernel each. A layer is compiled as a whole or not
-    at all, and anew only for another batch shape: which kernel adds up is not to depend on what came before."""
+    """Norms, rotary embedding and activation of a layer become one kernel each, and so does the loss on the logits. A
+    layer is compiled as a whole or not at all, and anew only for another batch shape: which kernel adds up is not to
+    depend on what came before."""
     if getattr(model.config, "moe_num_experts", 0):
         raise SpecError("engine.compile: layers with experts cannot be compiled as a whole; leave it out")
     torch._dynamo.config.recompile_limit = 64
     for layer in model.model.layers:
-        layer.compile(fullgraph=True, dynamic=False)
+        layer.compile(fullgraph=True, dynamic=False, options=SAME_SUMS)
+    model.get_output_embeddings().compile_loss()

@@ -4,9 +4,9 @@ pieces. Counted at torch's own door, on the steps that training takes."""
 import gc
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial, partialmethod
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -139,11 +139,19 @@ def test_memory_does_not_grow_over_two_hundred_steps() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("labelled", "bias"), [(3 * CHUNK + 1, False), (CHUNK, True), (1, False), (0, False)])
 @pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
 def test_losses_and_gradients_of_chunks_are_those_of_all_logits(
-    dtype: torch.dtype, labelled: int, bias: bool, each: bool
+    dtype: torch.dtype, labelled: int, bias: bool, each: bool, compiled: bool
 ) -> None:
+    with counted("aot_eager") if compiled else nullcontext():
+        compare_with_all_logits(dtype, labelled, bias, each, compiled)
+
+
+def compare_with_all_logits(dtype: torch.dtype, labelled: int, bias: bool, each: bool, compiled: bool) -> None:
     chance = torch.Generator().manual_seed(3)
     made = LossHead(SHAPE["hidden_size"], VOCABULARY, bias=bias).to(dtype)
+    if compiled:
+        made.compile_loss()
     hidden = torch.randn(labelled, SHAPE["hidden_size"], generator=chance).to(dtype).requires_grad_()
     labels = torch.randint(0, VOCABULARY, (labelled,), generator=chance)
     weighed = torch.rand(labelled, generator=chance) if each else torch.tensor(0.25)
@@ -165,6 +173,16 @@ def test_losses_and_gradients_of_chunks_are_those_of_all_logits(
         torch.testing.assert_close(made(hidden, labels, each=each), found, rtol=1e-6, atol=1e-6)
 
 
+def test_the_loss_in_one_kernel_is_the_loss_whatever_the_number_of_rows() -> None:
+    """By torch's own compiler, for a CPU: one graph with gradients and one without, however many rows there are."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for labelled in (3 * CHUNK + 2, 2 * CHUNK, 5):
+        compare_with_all_logits(torch.bfloat16, labelled, bias=False, each=False, compiled=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
+
+
 def test_frozen_weights_of_the_head_get_no_gradient_and_take_no_memory_for_one() -> None:
     made = LossHead(SHAPE["hidden_size"], VOCABULARY, bias=False).requires_grad_(False)
     hidden = torch.randn(2 * CHUNK, SHAPE["hidden_size"]).requires_grad_()
@@ -179,11 +197,15 @@ def test_frozen_weights_of_the_head_get_no_gradient_and_take_no_memory_for_one()
 
 @contextmanager
 def counted(backend: str) -> Iterator[CompileCounterWithBackend]:
-    """What Module.compile hands to a compiler goes to one that counts, and compiles less."""
-    counter, compile_module = CompileCounterWithBackend(backend), torch.nn.Module.compile
+    """What is handed to a compiler goes to one that counts, and compiles less."""
+    counter, compiles = CompileCounterWithBackend(backend), torch.compile
     torch._dynamo.reset()
+
+    def counting(function: Any, *, options: Any, **given: Any) -> Any:
+        return compiles(function, backend=counter, **given)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend=counter))
+        patch.setattr(torch, "compile", counting)
         yield counter
     torch._dynamo.reset()
 
@@ -222,7 +244,7 @@ def test_a_layer_is_compiled_whole_and_once_whatever_documents_it_gets(checkpoin
             assert loss == pytest.approx(expected, rel=1e-6)
             for name, gradient in theirs.items():
                 torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-5)
-        assert counter.frame_count == 1, "one graph for all layers: a break would make more, or fail"
+        assert counter.frame_count == 2, "one graph for all layers, one for the loss: a break would make more, or fail"
 
 
 def test_with_variable_length_attention_too_as_far_as_shapes_show_without_a_gpu() -> None:
