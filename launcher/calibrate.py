@@ -18,10 +18,10 @@ from typing import Any
 
 from ernie_dist.spec.curriculum import StageSpec
 from ernie_dist.spec.errors import SpecError
-from ernie_dist.spec.hardware import device_name
+from ernie_dist.spec.hardware import CPU, device_name
 from ernie_dist.spec.job import JobSpec
 from ernie_dist.spec.orphan import die_with_parent
-from launcher.estimate import CPU, Cluster, Speed, shape_of, work_per_token
+from launcher.estimate import Cluster, Speed, shape_of, work_per_token
 from launcher.memory import Memory, Policy, estimate_memory, trained_parameters
 from launcher.node import rank_environment
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ernie_dist.spec.curriculum import StageSpec
 from ernie_dist.spec.errors import SpecError
-from ernie_dist.spec.hardware import DEVICES, Device, cpu
+from ernie_dist.spec.hardware import CPU, DEVICES, Device, cpu
 from ernie_dist.spec.job import JobSpec
 from ernie_dist.spec.problems import suggest
 from ernie_dist.spec.shape import ModelShape, config_values
@@ -27,8 +27,6 @@ ASSUMED_HIDDEN = 0.9
 ASSUMED_COPY = 10e9
 """bytes/s from a GPU to pinned host memory; a save stops the steps only for this copy"""
 GPUS_PER_NODE = 8
-CPU = "CPU"
-"""a device of `--gpus`: ranks that share the memory and the cores of this machine"""
 
 
 def shape_of(job: JobSpec) -> ModelShape | None:

@@ -219,12 +219,13 @@ def _wire_lines(job: JobSpec, shape: ModelShape, cluster: Cluster) -> list[str]:
     each = [(one.name, estimate_traffic(job, one, shape, cluster.count, cluster.device)) for one in job.curriculum]
     stage, sent = max(each, key=lambda named: named[1].total)
     over = "gloo" if cluster.device.cpu else "NVLink" if cluster.nodes == 1 else "InfiniBand"
+    speed = "of what is assumed" if cluster.device.cpu else "of the data sheet's"
     parts = f"gradients {size_text(sent.gradients)}, weights {size_text(sent.weights)}"
     return [
         "",
         f"wire       each rank sends {size_text(sent.total)} in a step of {stage}: {parts}",
         f"           {1000 * sent.total / cluster.link:,.0f} ms over {over} at {cluster.link / 1e9:.3g} GB/s, "
-        f"{ASSUMED_LINK_SHARE:.0%} of the data sheet's",
+        f"{ASSUMED_LINK_SHARE:.0%} {speed}",
     ]
 
 

@@ -30,7 +30,9 @@ def plan(options: Namespace) -> None:
 
     cluster = Cluster.parse(options.gpus) if options.gpus else None
     wishes = Wishes(options.price, options.mtbf, options.scaling)
-    if cluster is None and wishes != Wishes():
+    job = _load(options, ranks=cluster.count if cluster else options.ranks)
+    named = job.resources.device
+    if cluster is None and named is None and wishes != Wishes():
         raise SpecError("--price, --mtbf and --scaling are about devices: name them with --gpus, e.g. 4xA100-80G")
     if options.calibrate:
         here = _load(options, ranks=options.ranks)
@@ -39,7 +41,8 @@ def plan(options: Namespace) -> None:
         calibrate.keep(here, found)
         print("\n".join([*describe_rehearsal(found), f"           kept in {calibrate.speeds_file()}", ""]))
         cluster = cluster or found.cluster
-    job = _load(options, ranks=cluster.count if cluster else options.ranks)
+    if cluster is None and named is not None:
+        cluster = Cluster.of(job.resources.world_size, named)
     known = calibrate.kept(job, cluster) if cluster else None
     if known:
         wishes = replace(wishes, speed=known[0], measured_on=known[1])

@@ -34,7 +34,8 @@ DEVICES = {
     "H100-80G": Device(989e12, 80 * _GIB, 450e9, 50e9, 700),
     "H200-141G": Device(989e12, 141 * _GIB, 450e9, 50e9, 700),
 }
-
+CPU = "CPU"
+"""a device like those above: ranks that share the memory and the cores of this machine"""
 ASSUMED_LOOPBACK = 1e9
 """bytes/s from a CPU rank to the next on the same machine, through gloo"""
 

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from ernie_dist.spec.hardware import DEVICES
+from ernie_dist.spec.hardware import CPU, DEVICES
 from ernie_dist.spec.problems import suggest
 from ernie_dist.spec.strict import Strict
 
@@ -118,7 +118,7 @@ class ResourcesSpec(Strict):
     nodes: int = Field(1, ge=1)
     min_nodes: int | None = Field(None, ge=1, description="go on with so few if nodes are lost for good; Ray alone")
     gpus_per_node: int = Field(1, ge=1, description="ranks per node; without GPUs that many CPU ranks")
-    device: str | None = Field(None, description="what each rank runs on, for engine.memory: A100-80G")
+    device: str | None = Field(None, description="what each rank runs on, for engine.memory: A100-80G, or CPU")
     time_limit: TimeLimit | None = Field(None, description="24h, 90m, 1d12h")
     health_check: str | None = Field(
         None, description="a line of shell run on every node before each attempt; a node where it fails is left out"
@@ -132,8 +132,8 @@ class ResourcesSpec(Strict):
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str | None) -> str | None:
-        if value is not None and value not in DEVICES:
-            raise ValueError(f"unknown device; {suggest(value, DEVICES)}")
+        if value is not None and value not in (known := (*DEVICES, CPU)):
+            raise ValueError(f"unknown device; {suggest(value, known)}")
         return value
 
     @model_validator(mode="after")

@@ -1,5 +1,6 @@
 """What `ernie plan` says of memory is what autograd keeps and torch allocates; and what follows from it for a job."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from ernie_dist.memory import Peaks
 from ernie_dist.model import head
 from ernie_dist.model.build import build_model, layer_options
 from ernie_dist.model.loss import summed_loss
+from ernie_dist.spec.curriculum import StageSpec
 from ernie_dist.spec.errors import SpecError
-from ernie_dist.spec.hardware import DEVICES, cpu
+from ernie_dist.spec.hardware import DEVICES, Device, cpu
 from ernie_dist.spec.job import JobSpec, parse_job
 from ernie_dist.spec.shape import ModelShape
 from ernie_dist.world import World
@@ -154,6 +156,37 @@ def test_the_largest_micro_batch_fits_and_divides_the_batch_and_the_next_one_doe
     assert more.total > FULL * device.memory
     narrow = ModelShape.from_config({**SHAPE, "hidden_size": 40_960, "num_hidden_layers": 400})
     assert largest_micro_batch(job, stage, narrow, 1, device)[0] == 0
+
+
+def test_memory_auto_cuts_mlps_before_it_offloads_and_on_a_cpu_it_only_recomputes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = {"name": "only", "duration": "9 steps", "sequence_length": 131_072, "mixture": {"web": 1.0}}
+    long = large({}, resources={"device": "A100-40G"}).model_copy(update={"tokens_per_batch": 131_072})
+    long = long.model_copy(update={"curriculum": (StageSpec(**stage),)})
+
+    def chosen(job: JobSpec, name: str, device: Device, **needs: Any) -> tuple[Any, ...]:
+        """On a device that has just enough memory for `job` if its engine is as `needs`."""
+        engine = job.engine.model_copy(update={"micro_batch_size": 1, **needs})
+        enough = job.model_copy(update={"engine": engine})
+        total = estimate_memory(enough, enough.curriculum[0], known_shape(job), 1, device).total
+        fitting = replace(device, memory=int(total / FULL) + 1)
+        monkeypatch.setitem(DEVICES, "A100-40G", fitting)
+        monkeypatch.setattr("launcher.estimate.cpu", lambda ranks: fitting)
+        auto = job.engine.model_copy(update={"micro_batch_size": 1, "memory": "auto"})
+        resources = job.resources.model_copy(update={"device": name})
+        plain, _ = settled(job.model_copy(update={"engine": auto, "resources": resources}))
+        return plain.engine.ds_config, plain.engine.gradient_checkpointing, plain.engine.mlp_tiles
+
+    gpu = DEVICES["A100-40G"]
+    assert chosen(long, "A100-40G", gpu, gradient_checkpointing="full") == ("zero2", "full", 1)
+    assert chosen(long, "A100-40G", gpu, gradient_checkpointing="full", mlp_tiles=8) == ("zero2", "full", 8)
+    offloaded = {"ds_config": "zero2_offload", "gradient_checkpointing": "full", "mlp_tiles": 8}
+    assert chosen(long, "A100-40G", gpu, **offloaded) == ("zero2_offload", "full", 8)
+    on_cpu = large({"precision": "fp32"})
+    assert chosen(on_cpu, "CPU", cpu(1), gradient_checkpointing=2) == ("zero2", 2, 1)
+    with pytest.raises(SpecError, match="nothing fits CPU"):
+        chosen(on_cpu, "CPU", cpu(1), precision="bf16", gradient_checkpointing="full", mlp_tiles=8)
 
 
 def test_memory_auto_recomputes_and_offloads_no_more_than_the_device_needs() -> None:
