@@ -10,7 +10,7 @@ import json
 import os
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,6 +22,8 @@ Overlong = Literal["split", "truncate", "drop", "fail"]
 
 _FORMAT = 1
 _ARRAYS = ("starts", "lengths", "offsets")
+_AT_ONCE = 1 << 16
+"""documents cut and put into place at once: what planning holds beside the documents and the packs"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,32 +129,24 @@ def plan_packs(starts: np.ndarray, lengths: np.ndarray, sequence_length: int, *,
     if overlong not in get_args(Overlong):
         raise ValueError(f"overlong is {overlong!r}, expected one of: {', '.join(get_args(Overlong))}")
     _check(starts, lengths, sequence_length)
-    longer = lengths > sequence_length
-    overlong_count = int(np.count_nonzero(longer))
-    truncated = dropped = 0
-    if overlong_count:
-        if overlong == "split":
-            starts, lengths = _split(starts, lengths, sequence_length)
-        elif overlong == "truncate":
-            truncated, lengths = overlong_count, np.minimum(lengths, sequence_length)
-        elif overlong == "drop":
-            dropped, starts, lengths = overlong_count, starts[~longer], lengths[~longer]
-        else:
-            raise ValueError(
-                f"{overlong_count} of {len(lengths)} documents are longer than sequence_length {sequence_length} "
-                f"(the longest has {lengths.max()} tokens): raise sequence_length, or choose to truncate or drop them"
-            )
-    del longer
-
-    lengths = lengths.astype(np.uint32)
-    documents, offsets = _arrange(lengths, sequence_length)
+    longer = int(np.count_nonzero(lengths > sequence_length))
+    if longer and overlong == "fail":
+        raise ValueError(
+            f"{longer} of {len(lengths)} documents are longer than sequence_length {sequence_length} "
+            f"(the longest has {lengths.max()} tokens): raise sequence_length, or choose to truncate or drop them"
+        )
+    pieces = partial(_pieces, starts, lengths, sequence_length, overlong)
+    histogram = np.zeros(sequence_length + 1, np.int64)
+    for _, some in pieces():
+        histogram += np.bincount(some, minlength=sequence_length + 1)
+    starts, lengths, offsets = _arrange(pieces(), histogram)
     return Packs(
-        starts=starts[documents].astype(np.uint64, copy=False),
-        lengths=lengths[documents],
+        starts=starts,
+        lengths=lengths,
         offsets=offsets,
         sequence_length=sequence_length,
-        truncated=truncated,
-        dropped=dropped,
+        truncated=longer if overlong == "truncate" else 0,
+        dropped=longer if overlong == "drop" else 0,
     )
 
 
@@ -171,52 +165,96 @@ def _check(starts: np.ndarray, lengths: np.ndarray, sequence_length: int) -> Non
         raise ValueError(f"document {first} starts at token {starts[first]}, expected 0 or more")
 
 
+def _pieces(
+    starts: np.ndarray, lengths: np.ndarray, sequence_length: int, overlong: Overlong
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Documents -> pieces of at most sequence_length, in the order of the text, some at a time.
+
+    Yields their starts, uint64, and lengths, int64.
+    """
+    for at in range(0, len(lengths), _AT_ONCE):
+        some_starts = np.asarray(starts[at : at + _AT_ONCE], np.uint64)
+        some_lengths = np.asarray(lengths[at : at + _AT_ONCE])
+        longer = some_lengths > sequence_length
+        if longer.any():
+            if overlong == "split":
+                some_starts, some_lengths = _split(some_starts, some_lengths, sequence_length)
+            elif overlong == "truncate":
+                some_lengths = np.minimum(some_lengths, sequence_length)
+            else:
+                some_starts, some_lengths = some_starts[~longer], some_lengths[~longer]
+        yield some_starts, some_lengths.astype(np.int64, copy=False)
+
+
 def _split(starts: np.ndarray, lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Documents -> pieces of at most sequence_length, in the order of the text."""
+    """Documents -> pieces of sequence_length, and the remainder of each document, in the order of the text."""
     lengths = lengths.astype(np.int64)
     count = -(-lengths // sequence_length)
-    before = ranges(np.zeros_like(count), count) * sequence_length  # tokens of the document before each piece
-    pieces = np.minimum(np.repeat(lengths, count) - before, sequence_length)
-    # both uint64 before the sum: numpy adds uint64 and int64 as float64, which is inexact above 2**53
-    return np.repeat(starts.astype(np.uint64), count) + before.astype(np.uint64), pieces
+    document = np.repeat(np.arange(len(count)), count)  # that each piece is of
+    nth = np.arange(len(document)) - (np.cumsum(count) - count)[document]
+    before = nth * sequence_length  # tokens of the document before each piece
+    # uint64 before the sum: numpy adds uint64 and int64 as float64, which is inexact above 2**53
+    return starts[document] + before.astype(np.uint64), np.minimum(lengths[document] - before, sequence_length)
 
 
-def _arrange(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths [pieces] -> the order of the pieces in the sequences [pieces], and offsets [sequences + 1] into it."""
-    histogram = np.bincount(lengths, minlength=sequence_length + 1)
-    first, count, each, sequences = _best_fit(histogram, sequence_length)
-    # Placements come longest piece first. So the i-th piece in that order is in the i-th place that they name.
-    sequence_of = np.repeat(ranges(first, count), np.repeat(each, count)).astype(_index_type(sequences))
-    by_sequence = np.argsort(sequence_of, kind="stable").astype(_index_type(len(lengths)))
-    offsets = np.zeros(sequences + 1, dtype=np.int64)
-    np.cumsum(np.bincount(sequence_of, minlength=sequences), out=offsets[1:])
-    del sequence_of  # these arrays are the planner's whole memory: hold no more of them at once than needed
-    shortness = (sequence_length - lengths).astype(np.min_scalar_type(sequence_length))  # numpy sorts uint16 by radix
-    longest_first = np.argsort(shortness, kind="stable").astype(_index_type(len(lengths)))
-    return longest_first[by_sequence], offsets
+def _arrange(
+    pieces: Iterable[tuple[np.ndarray, np.ndarray]], histogram: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pieces, some at a time, and the histogram of all their lengths -> starts, lengths and offsets as in Packs.
+
+    The rank of a piece is its index among all of them, the longest first and equal ones in the order of the text.
+    """
+    sequence_length = len(histogram) - 1
+    placements, sequences = _best_fit(histogram, sequence_length)
+    first, count, before, each = placements.T
+    end = np.cumsum(count * each)  # placements come longest piece first: the i-th is of the ranks begin[i]:end[i]
+    begin = end - count * each
+
+    more = np.zeros(sequences + 1, np.int64)  # pieces that a sequence has more than the one before it
+    np.add.at(more, first, each)
+    np.subtract.at(more, first + count, each)
+    offsets = np.zeros(sequences + 1, np.int64)
+    np.cumsum(np.cumsum(more[:-1]), out=offsets[1:])
+
+    total = int(histogram.sum())
+    starts, lengths = np.empty(total, np.uint64), np.empty(total, np.uint32)
+    next_rank = total - np.cumsum(histogram)[::-1]  # of the next piece of each shortness, which is 0 for a full one
+    for some_starts, some_lengths in pieces:
+        # as narrow as can be: numpy sorts uint16 by radix, which is several times faster
+        shortness = (sequence_length - some_lengths).astype(np.min_scalar_type(sequence_length - 1))
+        order = np.argsort(shortness, kind="stable")
+        here = np.bincount(shortness, minlength=sequence_length + 1)
+        rank = np.arange(len(order)) + np.repeat(next_rank - (np.cumsum(here) - here), here)
+        next_rank += here
+        placement = np.searchsorted(end, rank, side="right")
+        nth_sequence, nth_piece = np.divmod(rank - begin[placement], each[placement])
+        place = offsets[first[placement] + nth_sequence] + before[placement] + nth_piece
+        starts[place], lengths[place] = some_starts[order], some_lengths[order]
+    return starts, lengths, offsets
 
 
-def _best_fit(histogram: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+def _best_fit(histogram: np.ndarray, sequence_length: int) -> tuple[np.ndarray, int]:
     """Best-fit decreasing for all pieces of a length at once.
 
-    Returns placements (first, count, each), int64: "the next count * each pieces, longest first, go to the sequences
-    first:first + count, `each` to every one of them"; and the number of sequences.
+    Returns placements (first, count, before, each), int64 [placements, 4]: "the next count * each pieces, longest
+    first, go to the sequences first:first + count, `each` to every one of them, which has `before` pieces already";
+    and the number of sequences.
     """
-    placements = array("q")  # first, count, each, first, ...
-    room: dict[int, list[tuple[int, int]]] = {}  # free positions -> ranges (first, count) of sequences that have them
+    placements = array("q")  # first, count, before, each, first, ...
+    room: dict[int, list[tuple[int, int, int]]] = {}  # free positions -> sequences with them: first, count, before
     spaces: list[int] = []  # the keys of `room`, ascending
     sequences = 0
     present = np.flatnonzero(histogram)
     shortest = int(present[0]) if len(present) else 0
 
-    def place(first: int, count: int, each: int, space: int, length: int) -> None:
+    def place(first: int, count: int, before: int, each: int, space: int, length: int) -> None:
         if count and each:
-            placements.extend((first, count, each))
+            placements.extend((first, count, before, each))
         space -= each * length
         if count and space >= shortest:  # else nothing to come can fit
             if space not in room:
                 insort(spaces, space)
-            room.setdefault(space, []).append((first, count))
+            room.setdefault(space, []).append((first, count, before + each))
 
     for length in present[::-1].tolist():
         waiting = int(histogram[length])
@@ -224,25 +262,24 @@ def _best_fit(histogram: np.ndarray, sequence_length: int) -> tuple[np.ndarray, 
             at = bisect_left(spaces, length)
             if at < len(spaces):
                 space = spaces[at]
-                first, count = room[space].pop()
+                first, count, before = room[space].pop()
                 if not room[space]:
                     del room[space], spaces[at]
             else:
                 space = sequence_length
-                first, count = sequences, -(-waiting // (space // length))
+                first, count, before = sequences, -(-waiting // (space // length)), 0
                 sequences += count
             # A sequence that took one piece has now the least room that fits, so it takes all it can before the next.
             each = space // length
             full = min(count, waiting // each)
             rest = waiting - full * each if full < count else 0
-            place(first, full, each, space, length)
+            place(first, full, before, each, space, length)
             if full < count:
-                place(first + full, 1, rest, space, length)
-                place(first + full + 1, count - full - 1, 0, space, length)
+                place(first + full, 1, before, rest, space, length)
+                place(first + full + 1, count - full - 1, before, 0, space, length)
             waiting -= full * each + rest
 
-    table = np.frombuffer(placements, dtype=np.int64).reshape(-1, 3) if placements else np.zeros((0, 3), np.int64)
-    return table[:, 0], table[:, 1], table[:, 2], sequences
+    return np.array(placements, np.int64).reshape(-1, 4), sequences
 
 
 def ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -251,10 +288,6 @@ def ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
     values = np.arange(ends[-1] if len(ends) else 0)
     values += np.repeat(first - ends + count, count)
     return values
-
-
-def _index_type(size: int) -> type[np.signedinteger]:
-    return np.int32 if size <= np.iinfo(np.int32).max else np.int64
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ernie_dist.data.packing import Packs, plan_packs
+from ernie_dist.data import packing
+from ernie_dist.data.packing import Overlong, Packs, plan_packs
 
 document_lengths = st.lists(st.integers(1, 60), max_size=80)
 sequence_lengths = st.integers(1, 32)
@@ -105,6 +107,30 @@ def test_the_order_never_changes() -> None:
     assert packs.offsets.tolist() == [0, 1, 2, 3, 4, 6, 8, 12]
     assert packs.starts.tolist() == [1008, 1018, 1030, 1038, 1000, 1005, 1046, 1050, 1026, 1028, 1016, 1017]
     assert packs.lengths.tolist() == [8, 8, 8, 8, 5, 3, 4, 4, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("at_once", [7, 5000])
+@pytest.mark.parametrize(
+    ("overlong", "sequence_length", "digest"),
+    [
+        ("split", 64, "170628a527f2f0ac"),
+        ("split", 1000, "6c7388a9293f2482"),
+        ("truncate", 1000, "af773ee4f29a1e27"),
+        ("drop", 1000, "ffaeb2e70368ad0b"),
+        ("fail", 70_000, "8c3521ce3c7a003f"),
+    ],
+)
+def test_the_order_never_changes_however_many_documents_are_taken_at_once(
+    monkeypatch: pytest.MonkeyPatch, at_once: int, overlong: Overlong, sequence_length: int, digest: str
+) -> None:
+    """Prepared data holds these packs, and a run resumes in the middle of them."""
+    lengths = np.arange(2000) ** 2 * 7919 % 9973 % 1999 + 1  # 1 to 1999, many of them equal
+    monkeypatch.setattr(packing, "_AT_ONCE", at_once)
+    packs = plan_packs(*documents(lengths), sequence_length, overlong=overlong)
+    found = hashlib.blake2b(digest_size=8)
+    for values in (packs.starts, packs.lengths, packs.offsets):
+        found.update(values.tobytes())
+    assert found.hexdigest() == digest
 
 
 @pytest.mark.parametrize("lengths", [[5, 3, 9, 1, 8], []])
