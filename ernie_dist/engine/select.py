@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.utils.deterministic
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -40,9 +42,18 @@ def build_engine(
         from ernie_dist.engine.plain import PlainEngine as make
     else:
         from ernie_dist.engine.deepspeed import DeepSpeedEngine as make
+    _settle_determinism(spec.deterministic)
     return make(
         spec, optimizer, freezes, build, loss, world, precision=precision, pretrained=pretrained, adapter=adapter
     )
+
+
+def _settle_determinism(wanted: bool) -> None:
+    """Of all of torch: flash attention's backward pass, for one, adds up as its thread blocks happen to come."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses matrix products without it
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a tool for debugging, at the price of a write
+    torch.use_deterministic_algorithms(wanted)
 
 
 def read_weights(kind: str, folder: Path) -> dict[str, torch.Tensor]:

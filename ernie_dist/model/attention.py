@@ -5,14 +5,25 @@ q [B, H, T, D], k and v [B, KV, T, D], document_ends [documents + 1] over the fl
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
+import torch.nn.attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+log = logging.getLogger(__name__)
+
 NAME = "ernie_dist_packed"
 """under which transformers knows it: `attn_implementation`"""
+_NEWER = (
+    ("FA4", 10, "flash_attn.cute"),  # Blackwell
+    ("FA3", 9, "flash_attn_interface"),  # Hopper
+    ("FA4", 9, "flash_attn.cute"),
+)
+"""flash attention's versions beyond the 2 that torch brings: torch's name, major compute capability, their module"""
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,29 @@ def uses_flash(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def activate_newest_flash(capability: tuple[int, int]) -> str | None:
+    """Puts the newest flash attention that is installed and made for the device behind torch's own functions.
+
+    Its name; None where that stays torch's own, version 2.
+    """
+    for name, major, module in _NEWER:
+        if capability[0] == major and _installed(module):
+            try:
+                torch.nn.attention.activate_flash_attention_impl(name)
+            except (AttributeError, ImportError, RuntimeError) as error:  # another torch or build than it was made for
+                log.warning("%s is installed but cannot be used, torch's own flash attention is: %s", module, error)
+                return None
+            return name
+    return None
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even what it would be a part of
+        return False
 
 
 def packed_attention(

@@ -36,6 +36,8 @@ def build_model(
     same weights in a folder: some, e.g. of a router, stay in fp32.
     Raises SpecError where the weights cannot be found or the config does not fit transformers.
     """
+    if torch.cuda.is_available() and attn_implementation == attention.NAME:
+        attention.activate_newest_flash(torch.cuda.get_device_capability())
     torch.manual_seed(seed)
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "dtype": dtype}
     options["trust_remote_code"] = False  # not given, transformers asks at the terminal whether to run what it found

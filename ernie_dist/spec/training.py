@@ -141,6 +141,9 @@ class EngineSpec(Strict):
     )
     mlp_tiles: int = Field(1, ge=1, description="parts in which a sequence goes through each MLP, each recomputed")
     compile: bool = Field(False, description="torch.compile of every layer: a slow first step, faster later ones")
+    deterministic: bool = Field(
+        False, description="only operations that give the same bits each time; slower attention on a GPU"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients above this norm are scaled down to it")
     memory: Literal["manual", "auto"] = Field(
         "manual", description="auto: recompute and offload as much as resources.device needs, and no more"

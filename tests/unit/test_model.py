@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ernie_dist.batch import IGNORED, Batch, Chance, MicroBatch, Row, empty_micro_batch, stack
 from ernie_dist.engine.base import Engine
 from ernie_dist.engine.select import build_engine
+from ernie_dist.model import attention
 from ernie_dist.model.build import build_model
 from ernie_dist.model.loss import summed_loss
 from ernie_dist.spec.errors import SpecError
@@ -108,6 +109,36 @@ def test_a_document_never_changes_the_loss_of_another(row: int, number: int) -> 
     with torch.no_grad():
         losses = [summed_loss(model, pack(rows)) for rows in (before, after)]
     assert losses[0] == losses[1] > 50
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "expected"),
+    [
+        ((8, 0), {"flash_attn_interface", "flash_attn.cute"}, None),
+        ((9, 0), {"flash_attn_interface", "flash_attn.cute"}, "FA3"),
+        ((9, 0), {"flash_attn.cute"}, "FA4"),
+        ((10, 0), {"flash_attn_interface", "flash_attn.cute"}, "FA4"),
+        ((10, 3), {"flash_attn_interface"}, None),
+        ((9, 0), set(), None),
+    ],
+)
+def test_the_newest_flash_attention_for_a_gpu_is_chosen_with_a_mock_of_torch_s_registry(
+    monkeypatch, capability, installed, expected
+):
+    activated = []
+    monkeypatch.setattr(attention, "find_spec", lambda module: module if module in installed else None)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
+    assert attention.activate_newest_flash(capability) == expected
+    assert activated == ([expected] if expected else [])
+
+
+def test_a_newer_flash_attention_that_does_not_load_is_told_and_left_alone(monkeypatch, caplog):
+    """By torch's own registry, and a module that has no kernels in it."""
+    monkeypatch.setattr(attention, "_NEWER", (("FA3", 9, "json"),))
+    assert torch.nn.attention.current_flash_attention_impl() is None
+    assert attention.activate_newest_flash((9, 0)) is None
+    assert torch.nn.attention.current_flash_attention_impl() is None
+    assert "json is installed but cannot be used" in caplog.text
 
 
 def test_only_labelled_positions_go_through_the_head() -> None:

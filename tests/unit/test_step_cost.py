@@ -133,6 +133,16 @@ def test_memory_does_not_grow_over_two_hundred_steps() -> None:
     assert after[1] - before[1] < 200, "less than one Python object for each step"
 
 
+@pytest.mark.parametrize("make", [rows, pairs])
+def test_a_deterministic_step_uses_no_operation_that_torch_refuses_as_far_as_a_cpu_knows(make: Any) -> None:
+    asked, batch = engine(deterministic=True), batch_of(replace(make(0), chance=Chance((1, 2, 3, 4), 5.0)), make(1))
+    assert torch.are_deterministic_algorithms_enabled()
+    found = asked.step(batch, 1e-3)
+    expected = engine().step(batch, 1e-3)
+    assert not torch.are_deterministic_algorithms_enabled(), "a job that does not ask for it does not pay for it"
+    assert found == expected and found.applied
+
+
 # --- the head ----------------------------------------------------------------------------------------------------
 
 
