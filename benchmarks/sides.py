@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
 from typing import IO, TYPE_CHECKING, Any
@@ -365,6 +365,9 @@ class Side:
 SIDES = {
     "ours": Side("our engine on DeepSpeed, packed rows", partial(ours, kind="deepspeed"), deepspeed=True),
     "compiled": Side("the same with engine.compile", partial(ours, kind="deepspeed", compiled=True), deepspeed=True),
+    "bf16": Side(
+        "the same in bf16", lambda case, pace: ours(replace(case, precision="bf16"), pace, "deepspeed"), deepspeed=True
+    ),
     "plain": Side("our plain engine, packed rows: what losses are held to", partial(ours, kind="plain")),
     "trainer": Side(
         "transformers.Trainer, a document a row, padded", partial(trainer, padded=True, deepspeed=False), padded=True

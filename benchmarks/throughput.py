@@ -31,7 +31,7 @@ from typing import IO, Any
 from benchmarks.harness import in_turns, keep_run, parser, say, show, spread
 from benchmarks.sides import SIDES, Case, packed_lengths, padded_lengths, run_side
 
-OTHERS = ("trainer", "trainer-packed", "trainer-deepspeed", "bare", "compiled")
+OTHERS = ("trainer", "trainer-packed", "trainer-deepspeed", "bare", "plain", "compiled", "bf16")
 SMALL = {
     "hidden_size": 256,
     "intermediate_size": 768,
@@ -80,7 +80,7 @@ def _arguments() -> argparse.Namespace:
     command = parser(__doc__)
     command.add_argument("--device", choices=("cpu", "cuda"), help="a GPU if there is one")
     command.add_argument(
-        "--against", nargs="+", choices=OTHERS, default=list(OTHERS[:4]), help="the other sides (all but compiled)"
+        "--against", nargs="+", choices=OTHERS, default=list(OTHERS[:4]), help="the other sides (the first four)"
     )
     command.add_argument("--model", help="a preset, or small (CPU: small; GPU: ernie-4.5-0.3b)")
     command.add_argument("--precision", choices=("bf16", "fp32"), help="CPU: fp32; GPU: bf16")
@@ -189,7 +189,7 @@ def _started(names: Sequence[str], case: Case, deadline: float) -> Iterator[dict
 def _parity(case: Case, arguments: argparse.Namespace, deadline: float) -> tuple[str, dict[str, Any]]:
     """The device, and the first losses of all sides on the same rows."""
     case = replace(case, micro_batch=1, mean_document=min(PARITY_DOCUMENT, case.sequence_length // 4))
-    names = ["plain", "ours", *(name for name in arguments.against if not SIDES[name].padded)]
+    names = list(dict.fromkeys(["plain", "ours", *(name for name in arguments.against if not SIDES[name].padded)]))
     say(f"losses of {arguments.parity} steps of a row of {case.sequence_length}: starting {', '.join(names)}")
     with _started(names, case, deadline) as sides:
         losses = {name: side.turn(0, arguments.parity).get("losses", []) for name, side in sides.items()}
