@@ -172,7 +172,7 @@ class Encoder:
         for number, parts in enumerate(self._encode_batch(documents)):
             before = len(ids)
             for part in parts:
-                ids.extend(part.ids)
+                ids.extend(array("I", part.ids))  # of a list, extend would take one id at a time
             ids.append(self._stop_id)
             lengths[number] = len(ids) - before
         return Encoding(np.array(ids, np.uint32), None, lengths)
@@ -202,7 +202,7 @@ class Encoder:
         ids = array("I")
         sizes = np.empty(len(texts), np.int64)
         for number, encoding in enumerate(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)):
-            ids.extend(encoding.ids)
+            ids.extend(array("I", encoding.ids))
             sizes[number] = len(encoding)
         mask = np.repeat(np.array(values, np.uint8), sizes)
         ends = np.concatenate([[0], np.cumsum(sizes)])[np.concatenate([[0], np.cumsum(counts)])]
