@@ -292,8 +292,9 @@ def _size(parameter: nn.Parameter) -> int:
 
 def _connect(world: World) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Compiled at first use, raced by all ranks, and of no use to training: gloo's own reduction stays.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # With no op known to be compatible, none is probed, which runs compilers, and the shared-memory reduction is not
+    # built, which all ranks would race for at first use: gloo's own stays.
+    deepspeed.ops.__compatible_ops__ = {}
     if world.size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
