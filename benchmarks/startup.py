@@ -30,11 +30,14 @@ _PYTHON = (sys.executable, "-c")
 _TORCH = "import torch"
 _TRANSFORMERS = "import torch; from transformers import AutoModelForCausalLM"
 _DEEPSPEED = f"{_TRANSFORMERS}; import deepspeed"
+_MODEL = f"{_DEEPSPEED}; from transformers import Ernie4_5ForCausalLM"
+"""transformers imports what all its models need, and torch's for it, only with the first of them"""
 COMMANDS = {
     "python": (*_PYTHON, "pass"),
     "import torch": (*_PYTHON, _TORCH),
     "import torch, transformers": (*_PYTHON, _TRANSFORMERS),
     "import torch, transformers, deepspeed": (*_PYTHON, _DEEPSPEED),
+    "import torch, transformers, deepspeed, the ERNIE class": (*_PYTHON, _MODEL),
     "ernie --help": (sys.executable, "-m", "launcher", "--help"),
     "ernie plan": (sys.executable, "-m", "launcher", "plan", "three-stage-0.3b"),
 }

@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 from typing import IO
 
+from ernie_dist.garbage import importing
 from ernie_dist.heartbeat import Watched
 from ernie_dist.spec.errors import ErnieError
 from ernie_dist.spec.orphan import die_with_parent
@@ -31,8 +32,9 @@ def main() -> int:
     console = _take_over_output(files.rank_log(attempt, rank))
     try:
         watched = Watched(files, attempt)
-        from ernie_dist.train import train  # torch and the rest: their messages belong in the rank's log
-        from ernie_dist.world import World
+        with importing():
+            from ernie_dist.train import train  # torch and the rest: their messages belong in the rank's log
+            from ernie_dist.world import World
 
         world = World.from_environment()
         finished = train(files.root, attempt, world, console, watched.heartbeat)

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
@@ -126,7 +127,9 @@ class DeepSpeedEngine:
         own = {"model_parameters": groups} if _cpu_adam(policy) else {"optimizer": adamw(groups, optimizer)}
         if _cpu_adam(policy):
             config["optimizer"] = _adam_config(optimizer)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(model=_WithLoss(model, loss), config=config, **own)
+        with _compiling_nothing():
+            found = deepspeed.initialize(model=_WithLoss(model, loss), config=config, **own)
+        self._engine, self._optimizer, _, _ = found
         self._accepted: Callable[[], bool] = lambda: True
         self._guard_updates()
         self._files = self._engine.checkpoint_engine = _Files(self._engine.module if adapter else None)
@@ -289,13 +292,28 @@ def _size(parameter: nn.Parameter) -> int:
 
 def _connect(world: World) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Compiled at first use, raced by all ranks, and of no use to training: gloo's own reduction stays.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # With no op known to be compatible, none is probed, which runs compilers, and the shared-memory reduction is not
+    # built, which all ranks would race for at first use: gloo's own stays.
+    deepspeed.ops.__compatible_ops__ = {}
     if world.size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+
+
+@contextmanager
+def _compiling_nothing() -> Iterator[None]:
+    """torch.compile gives back what it is given: ZeRO imports Muon, used or not, whose functions are compiled by
+    decorators, and only for that torch would load its compiler, a second of work. `engine.compile` came before."""
+    name, before = "TORCHDYNAMO_DISABLE", os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _complete(policy: dict[str, Any], spec: EngineSpec, precision: str, ranks: int) -> dict[str, Any]:

@@ -150,6 +150,7 @@ def run(case: dict, steps: int, world: World, scratch: Path) -> dict:
         "after_refusals": after_refusals,
         "held_out": [loss, tokens],
         "reads": reads,
+        "compiler": "torch._inductor.compile_fx" in sys.modules,
         "weights": {name: float(tensor.double().abs().sum()) for name, tensor in sorted(weights.items())},
     }
 

@@ -114,6 +114,7 @@ def test_every_engine_gives_the_same_steps_under_unequal_masks_and_freezing(tmp_
     for result in alone + together:
         assert not result["refusals_applied"], "an update that is refused, or that overflows, says so"
         assert result["after_refusals"] == result["held_out"], "and has changed nothing"
+        assert not result["compiler"], f"{result['case']}: starts with torch's compiler loaded, which nobody asked for"
         assert result["judged_by"], "it is judged once, by the very numbers that are reported"
         assert result["flags"] == [False, True], "a flag of any rank reaches all"
         assert result["replay"] == result["losses"][2:], f"{result['case']}: a loaded engine goes on exactly"
