@@ -50,6 +50,8 @@ def build_engine(
 
 def _settle_determinism(wanted: bool) -> None:
     """Of all of torch: flash attention's backward pass, for one, adds up as its thread blocks happen to come."""
+    if wanted == torch.are_deterministic_algorithms_enabled():
+        return  # to say it again would load the settings of torch's compiler
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses matrix products without it
         torch.utils.deterministic.fill_uninitialized_memory = False  # a tool for debugging, at the price of a write
