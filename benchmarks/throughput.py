@@ -42,10 +42,10 @@ SMALL = {
 }
 """with the vocabulary of ERNIE 4.5: small enough for a CPU, and as heavy in the head as the real ones"""
 VOCABULARY = 103424
-ON_GPU = {"model": "ernie-4.5-0.3b", "precision": "bf16", "sequence_length": [2048, 4096, 8192], "positions": 16384}
-ON_GPU |= {"mean_document": [0, 512], "steps": 5, "rounds": 3, "parity": 100}
+ON_GPU = {"model": "ernie-4.5-0.3b", "precision": "bf16", "sequence_length": [4096, 2048, 8192], "positions": 16384}
+ON_GPU |= {"mean_document": [0, 512], "steps": 5, "rounds": 3, "parity": 100, "against": list(OTHERS[:6])}
 ON_CPU = {"model": "small", "precision": "fp32", "sequence_length": [512], "positions": 1024}
-ON_CPU |= {"mean_document": [128], "steps": 2, "rounds": 3, "parity": 5}
+ON_CPU |= {"mean_document": [128], "steps": 2, "rounds": 3, "parity": 5, "against": list(OTHERS[:4])}
 QUICK = {"steps": 1, "rounds": 1, "parity": 2}
 PARITY_DOCUMENT = 256
 """mean tokens of a document while losses are compared: rows of several, which no side may mix up"""
@@ -80,12 +80,12 @@ def _arguments() -> argparse.Namespace:
     command = parser(__doc__)
     command.add_argument("--device", choices=("cpu", "cuda"), help="a GPU if there is one")
     command.add_argument(
-        "--against", nargs="+", choices=OTHERS, default=list(OTHERS[:4]), help="the other sides (the first four)"
+        "--against", nargs="+", choices=OTHERS, help="the other sides (CPU: the first four; GPU: all but bf16)"
     )
     command.add_argument("--model", help="a preset, or small (CPU: small; GPU: ernie-4.5-0.3b)")
     command.add_argument("--precision", choices=("bf16", "fp32"), help="CPU: fp32; GPU: bf16")
     command.add_argument("--zero", choices=("zero0", "zero1", "zero2", "zero3"), default="zero2", help="(zero2)")
-    command.add_argument("--sequence-length", nargs="+", type=int, help="CPU: 512; GPU: 2048 4096 8192")
+    command.add_argument("--sequence-length", nargs="+", type=int, help="CPU: 512; GPU: 4096 2048 8192")
     command.add_argument("--micro-batch", type=int, help="rows in a step (CPU: 1024 positions; GPU: 16384)")
     command.add_argument("--mean-document", nargs="+", type=int, help="tokens; 0: a row is one (CPU: 128; GPU: 0 512)")
     command.add_argument("--steps", type=int, help="in a turn, after one that is not timed (CPU: 2; GPU: 5)")
@@ -118,8 +118,8 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
             micro_batch=arguments.micro_batch or max(1, arguments.positions // length),
             mean_document=mean,
         )
-        for mean in arguments.mean_document
         for length in arguments.sequence_length
+        for mean in arguments.mean_document
     ]
 
 
