@@ -113,6 +113,7 @@ def _prepared_run(scratch: Path, plan: Plan, zero: str) -> Path:
             "schedule": {"kind": "constant", "peak": RATE},
             "engine": {"ds_config": zero, "micro_batch_size": 16, "precision": "fp32"},
             "checkpoint": {"every": "1000000 steps", "keep_last": 1},
+            "bad_numbers": {"sigma": 1e9},  # the bare loop refuses no update
             "resources": {"gpus_per_node": RANKS},
             "data_dir": str(scratch / "prepared"),
         },
