@@ -154,10 +154,10 @@ def test_losses_and_gradients_of_chunks_are_those_of_all_logits(
     dtype: torch.dtype, labelled: int, bias: bool, each: bool, compiled: bool
 ) -> None:
     with counted("aot_eager") if compiled else nullcontext():
-        compare_with_all_logits(dtype, labelled, bias, each, compiled)
+        check_against_all_logits(dtype, labelled, bias, each, compiled)
 
 
-def compare_with_all_logits(dtype: torch.dtype, labelled: int, bias: bool, each: bool, compiled: bool) -> None:
+def check_against_all_logits(dtype: torch.dtype, labelled: int, bias: bool, each: bool, compiled: bool) -> None:
     chance = torch.Generator().manual_seed(3)
     made = LossHead(SHAPE["hidden_size"], VOCABULARY, bias=bias).to(dtype)
     if compiled:
@@ -188,7 +188,7 @@ def test_the_loss_in_one_kernel_is_the_loss_whatever_the_number_of_rows() -> Non
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for labelled in (3 * CHUNK + 2, 2 * CHUNK, 5):
-        compare_with_all_logits(torch.bfloat16, labelled, bias=False, each=False, compiled=True)
+        check_against_all_logits(torch.bfloat16, labelled, bias=False, each=False, compiled=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     torch._dynamo.reset()
 
